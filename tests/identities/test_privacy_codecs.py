@@ -241,7 +241,7 @@ REFUSED = [
     (lambda: plan(Clip(1.0) >> Noise(1.0), rule=Mean("equal")), 'over="expected"', 'over="expected"'),
     (lambda: plan(Clip(1.0) >> Noise(1.0), rule=Mean("equal", "expected", "float")), 'sum="exact"', "Mean("),
     (lambda: plan(Clip(1.0) >> Noise(1.0), rule=Sum("equal")), "a mean", "Mean("),
-    (lambda: plan(Clip(1.0) >> Noise(1.0), rule=Combine(torch.add, "equal")), "linear", "Mean()"),
+    (lambda: plan(Clip(1.0) >> Noise(1.0), rule=Combine(torch.add, "equal")), "linear", "Mean("),
     (lambda: plan(Clip(1.0) >> Noise(1.0), Uniform(3), pace=Sync(over_select=1.5)), "Sync()", "Sync()"),
     (lambda: plan(Clip(1.0) >> Noise(1.0), Uniform(3), pace=Buffered(2)), "Sync()", "Sync()"),
     (lambda: plan(Clip(1.0) >> Noise(1.0), Weighted(3)), "Poisson, Uniform", "Poisson(0.1)"),

@@ -308,7 +308,7 @@ def test_the_other_commands_reach_their_tools(atoll, monkeypatch):
     said = []
 
     def tool(name, **made):
-        def call(*args):
+        def call(*args, client=None):
             said.append((name, *args))
             return SimpleNamespace(text=lambda: f"{name} said", **made)
 

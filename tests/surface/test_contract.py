@@ -63,6 +63,8 @@ ALLOWED = {
     ("tools/forecast.py", "_tried"): "a slot of a plan, by name",
     ("training/settings.py", "*"): "fields of the settings, listed by dataclasses",
     ("training/experiment.py", "*"): "fields of the experiment, listed by dataclasses",
+    ("report/figure.py", "x"): "a column of a curve, by name",
+    ("tools/compare.py", "find_runs"): "the folder of a run, or a path",
     ("training/rounds.py", "share"): "fields of the settings, by name",
     ("training/recorder.py", "*"): "fields of a training",
 }

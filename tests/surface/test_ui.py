@@ -7,6 +7,7 @@ import socket
 
 import aiohttp
 import pytest
+from network import TICK
 
 from atoll.base.errors import UsageError
 from atoll.cli.app import answer
@@ -25,6 +26,10 @@ def run(parent, name, rows=3, **more):
     (folder / "metrics.jsonl").write_text("".join(line(t, **more) for t in range(rows)))
     (folder / "config.toml").write_text("rounds = 9\n")
     return folder
+
+
+async def _nothing(*_):
+    pass
 
 
 def served(out, ask, **more):
@@ -137,13 +142,13 @@ def test_a_stream_has_each_row_once_over_cuts_and_a_resumed_run(tmp_path):
         first = asyncio.create_task(events(session, url, most=5))
         for t in range(8):
             write(line(t))
-            await asyncio.sleep(0.05)
+            await asyncio.to_thread(TICK.wait, 0.05)
         take(await first)
         take(await events(session, url, last=held[-1]["round"], most=2))
         assert [r["round"] for r in held] == list(range(7))
         write("".join(line(t, again=1) for t in range(4, 12)), keep="".join(line(t) for t in range(4)))
         last = asyncio.create_task(events(session, url, last=held[-1]["round"]))
-        await asyncio.sleep(0.3)
+        await asyncio.to_thread(TICK.wait, 0.3)
         lock.close()
         take(await last)
         assert held == [json.loads(each) for each in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -162,7 +167,7 @@ def test_two_readers_have_a_row_at_once_and_a_reader_ahead_of_the_log_is_reset(t
         await status(session, made.url)
         url = f"{base}/api/runs/a"
         stream = asyncio.create_task(events(session, f"{url}/live", most=4))
-        await asyncio.sleep(0.3)
+        await asyncio.to_thread(TICK.wait, 0.3)
         with open(folder / "metrics.jsonl", "a") as log:
             log.write(line(3))
         made._look("a", made._followers["a"])
@@ -189,7 +194,7 @@ def test_streams_are_limited_and_a_reader_that_never_reads_is_dropped(tmp_path, 
             for _ in range(100):
                 if not made._open:
                     break
-                await asyncio.sleep(0.05)
+                await asyncio.to_thread(TICK.wait, 0.05)
             assert not made._open
         assert len(await events(session, url)) == 31
 
@@ -205,7 +210,7 @@ def test_addresses_beyond_this_machine_and_taken_ports_are_refused(tmp_path, cap
             access.refuse_open_host(host, insecure=False)
     access.refuse_open_host("0.0.0.0", insecure=True)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="in use"):
-        served(tmp_path, lambda *_: asyncio.sleep(0), port=taken.getsockname()[1])
+        served(tmp_path, _nothing, port=taken.getsockname()[1])
 
 
 def test_tag_and_follow_print_the_run(tmp_path, capsys):

@@ -49,6 +49,8 @@ OnRows = Callable[[Any, Tensor, Mapping[str, Tensor | Counts]], None]  # output 
 
 BACKENDS = ("lanes", "loop", "fused", "compiled")
 
+Descent = fused.FusedDescent | compiled.CompiledDescent | SequentialDescent
+
 
 @dataclass(frozen=True)
 class Task:
@@ -520,9 +522,7 @@ class Task:
         except UsageError:
             return False
 
-    def descent(
-        self, model: Model, lanes: int, rule: StepRule, key: Key | None = None
-    ) -> fused.FusedDescent | compiled.CompiledDescent | SequentialDescent:
+    def descent(self, model: Model, lanes: int, rule: StepRule, key: Key | None = None) -> Descent:
         """Gradient descent of K clients by the backend; not for "lanes".
 
         Args:

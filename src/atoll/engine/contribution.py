@@ -67,8 +67,7 @@ def encode_contribution(
     """
     far = task.device != HOST
     task.reset()
-    if far:
-        memory = {n: t.to(task.device) for n, t in memory.items()}
+    memory = {n: t.to(task.device) for n, t in memory.items()} if far else memory
     key = key.starts(ids.client, ids.repeat)
     lanes = ClientBatch(data, ids.client, task.layout.dtype, share, task.device, on_step, key.fold("rows"))
     contribution, local = plan.local.contribute(
@@ -83,8 +82,7 @@ def encode_contribution(
     update = contribution.means.get("update")
     if update is None:
         return contribution, Message(None, {}, plan.aggregator.lift(contribution, key)), after
-    key = key.fold("codec")
-    key = key.to(task.device) if far else key
+    key = key.fold("codec").to(task.device) if far else key.fold("codec")
     try:
         encoded = plan.codec.encode(update, part_of(memory, "codec"), broadcast.shared["codec"], key)
     except Exception as error:

@@ -447,7 +447,7 @@ class Training:
         own, self._site_bytes = HeldOutValues({}), 0 if scores is None else scores.bytes_up
         if scores is not None:
             self.client_names, self.evaluated_ids = scores.names, torch.arange(len(scores.names))
-            own = of_sites(self.task, scores, clients=self.settings.evaluate != "pooled")
+            own = of_sites(self.task, scores, clients=self._shows_clients)
         if self.evaluator is None:
             return own
         pooled = self._values_here()
@@ -548,13 +548,22 @@ class Training:
 
     @property
     def by_client(self) -> bool:
-        """Whether the held-out rows of each client are evaluated."""
+        """Whether the held-out rows of each client are evaluated. With a secure sum only on request."""
         if self.data.held_owner is None or self.plan.releases:
             return False
+        if self.settings.evaluate is None and self.plan.aggregator.secure is not None:
+            return False  # the worst client is the value of one client
         personal = self.plan.local.trains_personal or self.settings.tune is not None
         return self.settings.evaluate in ("clients", "both") or (
             self.settings.evaluate is None and (self.data.names is not None or personal)
         )
+
+    @property
+    def _shows_clients(self) -> bool:
+        """Whether the values of single sites are reported. With a secure sum only on request."""
+        if self.settings.evaluate is None:
+            return self.plan.aggregator.secure is None
+        return self.settings.evaluate != "pooled"
 
     @property
     def evaluates_personal(self) -> bool:

@@ -21,7 +21,7 @@ from atoll.compute.batches import ROWS, ClientBatch, padded
 from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model, split_of
 from atoll.compute.step_rule import StepRule
-from atoll.compute.task import Task
+from atoll.compute.task import Descent, Task
 from atoll.plan.local.contribution import (
     Keep,
     Trained,
@@ -289,7 +289,12 @@ class Train(Local):
             trained = self._alternating(part, model, rule, lanes, key, task, broadcast.round)
             after: dict[str, Tensor] = {}
         else:
-            trained, after = self._train(model, rule, lanes, memory, key, task, broadcast.round)
+            descent, batches, rows = self._descent(model, rule, lanes, memory, key, task, broadcast.round)
+            if descent is None:
+                trained, after = self._by_stepper(model, rule, lanes, memory, key, task, batches)
+            else:
+                descent.follow(lanes, batches)
+                trained, after = _trained(descent, rows), {}
         if "order" in self.keep:
             after["taken"] = self._batches_taken(lanes, memory, self.steps_at(broadcast.round))
         if part is not None:
@@ -322,18 +327,29 @@ class Train(Local):
     def _train(
         self, model: Model, rule: StepRule, lanes: ClientBatch, memory: Tensors, key: Key, task: Task, round: int
     ) -> tuple[Trained, dict[str, Tensor]]:
-        """Train K clients from a model. If the backend makes the steps, a step needs no gradient in memory."""
+        """Train K clients from a model. `contribute` repeats these lines: a call would lengthen the path to a step."""
+        descent, batches, rows = self._descent(model, rule, lanes, memory, key, task, round)
+        if descent is None:
+            return self._by_stepper(model, rule, lanes, memory, key, task, batches)
+        descent.follow(lanes, batches)
+        return _trained(descent, rows), {}
+
+    def _descent(
+        self, model: Model, rule: StepRule, lanes: ClientBatch, memory: Tensors, key: Key, task: Task, round: int
+    ) -> tuple[Descent | None, Batches, Tensor]:
+        """The backend's descent, the batches, and the rows of each client, which may be counted as they are read.
+
+        If the backend makes the steps, a step needs no gradient in memory. Without a descent, an optimizer makes them.
+        """
         batches = self._batches(lanes, memory, key, task, self.steps_at(round))
+        rows = lanes.rows * (self.epochs or 0)
         by_backend = task.numerics != "lanes" and self.sequential(lanes.sizes[0])
         if not by_backend or self.optimizer.step_rule(rule.lr) is None:
-            return self._by_stepper(model, rule, lanes, memory, key, task, batches)
-        rows = lanes.rows * (self.epochs or 0)
+            return None, batches, rows
         if self.epochs is None or lanes.share != 1:
             rows = torch.zeros_like(rows)
             batches = counted(batches, rows)
-        descent = task.descent(model, len(lanes.sizes), rule, key)
-        descent.follow(lanes, batches)
-        return Trained(descent.update(), *descent.moved, descent.loss, rows), {}
+        return task.descent(model, len(lanes.sizes), rule, key), batches, rows
 
     def _alternating(
         self, part: OwnPart, model: Model, rule: StepRule, lanes: ClientBatch, key: Key, task: Task, round: int
@@ -456,3 +472,8 @@ class Train(Local):
                 mine = tuple(counts[i][:k])
                 span = torch.arange(max(*mine, width), device=rows.device)
                 yield order[:k].gather(1, (at[i, :k, None] * width + span).clamp_(max=reach - 1)), mine
+
+
+def _trained(descent: Descent, rows: Tensor) -> Trained:
+    """The result of a descent over `rows` of each client."""
+    return Trained(descent.update(), *descent.moved, descent.loss, rows)
