@@ -81,7 +81,9 @@ def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
     for variable in ("ATOLL_DATA", "ATOLL_DATASET", "ATOLL_OUT"):
         monkeypatch.delenv(variable, raising=False)
     if page.name not in ("start.md", "runs.md"):  # draws reports; other tests check that any run can be drawn
-        monkeypatch.setattr(importlib.import_module("atoll.report.draw"), "draw", lambda folder, data=None: None)
+        monkeypatch.setattr(
+            importlib.import_module("atoll.report.draw"), "draw", lambda folder, data=None, formats=(): None
+        )
     compared = any(word == "text" and behind for word, _, _, behind in blocks(page))
     space: dict[str, object] = {"__name__": "__main__"}
     printed = ""

@@ -48,8 +48,8 @@ class Stepless(OptimizerBase):
     [
         (lambda: replace(PLAN, codec=Identity), "The slot codec of the plan is the class Identity", "Identity()"),
         (lambda: replace(PLAN, aggregator=Mean), "The slot aggregator of the plan is the class Mean", "Mean()"),
-        (lambda: Identity() >> TopK, "A stage of a codec is the class TopK", ""),
-        (lambda: ErrorFeedback(TopK), "The codec of ErrorFeedback is the class TopK", ""),
+        (lambda: Identity() >> TopK, "A stage of a codec is the class TopK", "TopK(0.1)"),
+        (lambda: ErrorFeedback(TopK), "The codec of ErrorFeedback is the class TopK", "TopK(0.1)"),
         (lambda: engine(InProcess), "engine is the class InProcess", "InProcess()"),
         (lambda: engine("fake_engine:Fake"), "engine is the class Fake", "fake_engine:Fake()"),
     ],

@@ -123,6 +123,19 @@ def own_model(name: str) -> Concept:
     )
 
 
+# The module of the parts of a slot: another library's Fraction is no sampler where an optimizer is due.
+_FLOORS = {
+    "optimizer": "optimizer",
+    "local": "local",
+    "aggregator": "aggregate",
+    "codec": "codec",
+    "downlink": "codec",
+    "cohort": "sampler",
+    "sampler": "sampler",
+    "pace": "pace",
+}
+
+
 def part_for(slot: str, value: Any) -> str:
     """The text of the part that a user means by a value that is no part; an empty text if it is unknown.
 
@@ -138,7 +151,8 @@ def part_for(slot: str, value: Any) -> str:
         return _parsed(value)
     name = value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
     parts = {folded(part): part for part in _table(_PARTS)}
-    if part := parts.get(folded(name), ""):
+    part = parts.get(folded(name), "")
+    if part and _table(_PARTS)[part].__module__.startswith(f"atoll.plan.{_FLOORS.get(slot, '')}"):
         return example_call(part, _table(_PARTS)[part])
     around = {"local": "Custom", "aggregator": "Combine"}.get(slot, "")
     function = callable(value) and not isinstance(value, type) and name.isidentifier()

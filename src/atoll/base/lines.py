@@ -25,7 +25,7 @@ DOORS: tuple[Door, ...] = get_args(Door)
 
 # The settings without a flag of their own; `--set` reaches them.
 SET_ONLY = frozenset(
-    {"evaluate_every", "min_rows", "checkpoint_s", "report", "backend", "scale_target", "buffers", "draws"}
+    {"evaluate_every", "min_rows", "checkpoint_s", "report", "backend", "scale_target", "buffers", "draws", "plots"}
 )
 
 

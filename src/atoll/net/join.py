@@ -105,9 +105,10 @@ async def _join(
     check: bool,
 ) -> int:
     task = required(asyncio.current_task(), "task")
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    before = [signal.getsignal(number) for number in signals]
+    for number in signals:
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         member = await _member(token, home, notify)
         site = Site(home, load, own, resolve_device(device), policy)
@@ -116,6 +117,9 @@ async def _join(
         return 130
     finally:
         await pause(_CLOSE_S)
+        for number, handler in zip(signals, before, strict=True):  # a program that calls atoll.join keeps its own
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, handler or signal.SIG_DFL)
     return _exit_code(ended, member)
 
 
