@@ -239,7 +239,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()[:4]
-        ('linear', 'logistic', 'softmax', 'mlp')
+        ('linear', 'logistic', 'softmax', 'cox')
     """
     return tuple(_MODELS)
 

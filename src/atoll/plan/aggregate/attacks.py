@@ -198,7 +198,7 @@ class Attacked(RowRule):
     Example:
         >>> from atoll.plan.aggregate import Median
         >>> Attacked(Median(), SignFlip(5.0), share=0.2)
-        Attacked(Median(), SignFlip(5.0), share=0.2)
+        Attacked(Median(), attack=SignFlip(5.0))
     """
 
     of: Aggregator
