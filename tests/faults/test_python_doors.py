@@ -1,5 +1,6 @@
 """`atoll.serve` and `atoll.join`: the doors of Python to a network."""
 
+import signal
 import threading
 
 import pandas
@@ -41,6 +42,13 @@ class Sites:
             thread.join(30)
             assert not thread.is_alive()
         assert not self.errors
+
+
+def test_a_refused_join_restores_the_signal_handlers(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(UsageError):
+        atoll.join(None, "digits", home=tmp_path / "home")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_served_run_has_the_bits_of_train(tmp_path):

@@ -10,11 +10,13 @@ from sites import SITES, table
 
 import atoll
 from atoll.base.errors import UsageError
+from atoll.base.lines import Change
 from atoll.cli.predict import Request, predict_file
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Clip
 from atoll.plan.local import Ditto, Train
 from atoll.plan.optimizer.rules import sgd
+from atoll.plan.plan import Plan
 from atoll.recipes import ditto, fedavg, fedper, fedrep
 from atoll.tools.export import export, load_exported
 from atoll.training.experiment import load, predictor
@@ -103,6 +105,21 @@ def test_a_secure_sum_covers_the_shared_part():
     both = zip(plain.personal(3).parameters(), secure.personal(3).parameters(), strict=True)
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in both)
     assert secure.bytes_up < train(fedavg(0.1)).bytes_up
+
+
+def test_a_secure_sum_shows_values_of_single_clients_only_on_request():
+    plan = Plan(Train(sgd(0.1), epochs=1, batch=10), Mean("equal", secure=True), codec=Clip(1.0))
+
+    def columns(**settings):
+        return [name for name in train(plan, rounds=1, **settings).metrics if name.endswith(("_min", "_worst10"))]
+
+    named = atoll.data.federate({str(i): DATA.take(DATA.client_rows(i)) for i in range(6)}, held_out=0.3)
+    run = atoll.train("mlp", named, plan, rounds=1, out=None)
+    assert "held_out_loss" in run.metrics and not [name for name in run.metrics if name.endswith("_min")]
+    assert not columns() and columns(evaluate="both")
+    with pytest.raises(UsageError, match="only on request") as caught:
+        train(plan, tune=Train(sgd(0.1), steps=1))
+    assert caught.value.write == Change("evaluate", "both")
 
 
 def test_workers_evaluate_the_same_models():

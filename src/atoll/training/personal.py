@@ -38,11 +38,12 @@ def check_tune(plan: Plan, data: Clients | Schema, settings: Settings) -> None:
     """Refuse fine-tuning at each evaluation, if no client is evaluated on rows of its own.
 
     Raises:
-        UsageError: no held-out row belongs to a client, only all rows together are evaluated, or the plan has noise.
+        UsageError: no held-out row belongs to a client, only all rows together are evaluated, the plan has noise, or it
+            has a secure sum and `evaluate` is not set.
     """
     if settings.tune is None:
         return
-    why = ""
+    why, unasked = "", settings.evaluate is None and plan.aggregator.secure is not None
     if not isinstance(data, Clients) or not data.count:
         why = "the rows of clients are on their own machines"
     elif data.held_owner is None:
@@ -51,12 +52,14 @@ def check_tune(plan: Plan, data: Clients | Schema, settings: Settings) -> None:
         why = "clients are not evaluated"
     elif plan.releases:
         why = "a plan with noise shows no values of clients"
+    elif unasked:
+        why = "a run with a secure sum shows values of clients only on request"
     if why:
         raise UsageError(
             f"tune={settings.tune!r}, and {why}.",
             "clients that are evaluated on held-out rows of their own.",
             "each client tunes a copy of the model on its own rows, and evaluates it on its own held-out rows.",
-            Change("evaluate", "both") if settings.evaluate == "pooled" else "",
+            Change("evaluate", "both") if settings.evaluate == "pooled" or unasked else "",
         )
 
 

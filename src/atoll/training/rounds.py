@@ -548,19 +548,15 @@ class Training:
 
     @property
     def by_client(self) -> bool:
-        """Whether the held-out rows of each client are evaluated. With a secure sum only on request."""
-        if self.data.held_owner is None or self.plan.releases:
+        """Whether the held-out rows of each client are evaluated."""
+        if self.data.held_owner is None or self.plan.releases or not self._shows_clients:
             return False
-        if self.settings.evaluate is None and self.plan.aggregator.secure is not None:
-            return False  # the worst client is the value of one client
         personal = self.plan.local.trains_personal or self.settings.tune is not None
-        return self.settings.evaluate in ("clients", "both") or (
-            self.settings.evaluate is None and (self.data.names is not None or personal)
-        )
+        return self.settings.evaluate is not None or self.data.names is not None or personal
 
     @property
     def _shows_clients(self) -> bool:
-        """Whether the values of single sites are reported. With a secure sum only on request."""
+        """Whether values of single clients may be reported. With a secure sum only on request: `M_min` is one."""
         if self.settings.evaluate is None:
             return self.plan.aggregator.secure is None
         return self.settings.evaluate != "pooled"
