@@ -120,12 +120,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["linear", "cnn"], choices=["linear", "cnn"])
     given = parser.parse_args()
     digits = atoll.data.load("digits").split(WORKERS, IID(), held_out=0)
-    print(f"{'model':10}{'pace':14}{'alone':>9}{'beside':>9}{'kept':>8}    gradients of the fast workers a second")
+    print(f"{'model':10}{'pace':14}{'alone':>9}{'slowed':>9}{'kept':>8}    gradients of the fast workers a second")
     for model, data in [(m, regression() if m == "linear" else digits) for m in given.models]:
         for pace in PACES:
             alone = run(model, data, pace, FAST, given.seconds / 2)
-            beside = run(model, data, pace, WORKERS, given.seconds)
-            print(f"{model:10}{pace!r:14}{alone:9.1f}{beside:9.1f}{beside / alone:8.0%}", flush=True)
+            slowed = run(model, data, pace, WORKERS, given.seconds)
+            print(f"{model:10}{pace!r:14}{alone:9.1f}{slowed:9.1f}{slowed / alone:8.0%}", flush=True)
 
 
 if __name__ == "__main__":

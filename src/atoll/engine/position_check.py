@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from atoll.base.random import Key
 
 VECTOR = 64
-_TRIED = (
-    7 * 42
-)  # numbers to try; a piece of 7 numbers has no full vector. With 4 differences in 100, a miss has chance 1e-5
+# Numbers to try. A piece of 7 numbers has no full vector. With 4 differences in 100 numbers, a miss has chance 1e-5.
+_TRIED = 7 * 42
 
 
 class PositionCheck(TorchDispatchMode):

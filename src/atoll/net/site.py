@@ -593,7 +593,7 @@ def _bound(plan: Plan, layout: Layout) -> Plan:
 
 
 def _unmasked(plan: Plan) -> Plan:
-    """The plan by which a site computes its contribution. Its words are made from this, anew for each attempt."""
+    """The plan by which a site computes its contribution. Its words are made from it again in each attempt."""
     rule: Any = plan.aggregator
     return plan if rule.secure is None else replace(plan, aggregator=replace(rule, secure=None))
 

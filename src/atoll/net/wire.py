@@ -607,7 +607,7 @@ def chain_link(after: bytes | None, work: bytes, message: bytes) -> bytes:
     Args:
         after: the link before the contribution; None for the memory with which a client begins.
         work: the work.
-        message: the SHA-256 of its message; 32 zero bytes for a masked one, since masks are drawn anew.
+        message: the SHA-256 of its message; 32 zero bytes for a masked one, since each attempt draws new masks.
     Example:
         >>> chain_link(None, bytes(16), digest(b"")).hex()
         '47a8968b0ce6fe9f72ba0e3ee3782b01'
