@@ -44,10 +44,5 @@ DOWN = {
     "Bye": wire.Bye("done", "Finished 10 rounds.", None, BLOB),
     "Bye later": wire.Bye("draining", "", 5.0, None),
 }
-POST = {
-    "Enrol": wire.Enrol("north", HASH, b"-----BEGIN CERTIFICATE REQUEST-----"),
-    "Renew": wire.Renew(b"-----BEGIN CERTIFICATE REQUEST-----"),
-}
-ANSWER = {"Issued": wire.Issued(4, b"certificate"), "Denied": wire.Denied("used", "The token has been used.")}
 STEP = wire.StepMessage(WORK, 2, 100, b"shares")
 STEP_CAP = 1024

@@ -301,7 +301,10 @@ def test_the_number_of_connections_is_limited(peer, monkeypatch):
 
 
 def test_failed_enrolments_of_an_address_are_limited(peer):
-    body = b'{"name": "honest", "secret": "%s", "request": "x", "identity": "%s"}' % (b"00" * 32, b"00" * 32)
+    body = b'{"name": "honest", "secret": "%s", "request": "x", "identity": "%s", "proof": ""}' % (
+        b"00" * 32,
+        b"00" * 32,
+    )
     peer.net._tries.clear()
     sent = request("POST", "/v1/enrol", f"Content-Length: {len(body)}") + body
     assert [peer.answer(None, sent) for _ in range(12)] == [403] * 10 + [429] * 2

@@ -9,6 +9,7 @@ from datetime import UTC
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from atoll.base.errors import UsageError
 from atoll.net import identity
@@ -169,8 +170,11 @@ def test_no_route_admits_a_peer_without_a_valid_certificate(tmp_path):
     for method, path in (("GET", "/"), ("DELETE", "/v1/ca"), ("GET", "/v1/blobs/../ca.key"), ("PUT", "/v1/link")):
         assert _request(server.address, method, path, anonymous) in (404, 405), path
     wrong = identity.Token.read(token)
-    fields = {"name": wrong.name, "secret": "00" * 32, "request": "x", "identity": "00" * 32}
-    assert _request(server.address, "POST", "/v1/enrol", anonymous, fields) == 403
+    for stated in (
+        _enrolment(replace(wrong, secret=bytes(32))),
+        _enrolment(wrong, ed25519.Ed25519PrivateKey.generate()),
+    ):
+        assert _request(server.address, "POST", "/v1/enrol", anonymous, stated) == 403
     other = identity.Authority.new("other", _now())
     (tmp_path / "other.pem").write_bytes(_client_of(other, tmp_path))
     stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -186,6 +190,19 @@ def test_no_route_admits_a_peer_without_a_valid_certificate(tmp_path):
     server.run()
     first.join(30)
     assert codes["code"] == 0
+
+
+def _enrolment(token, other=None):
+    """The fields of an enrolment. `other` is an identity key that the proof does not use."""
+    own, secret = ed25519.Ed25519PrivateKey.generate(), identity.secret_hash(token.secret)
+    request = identity.request_pem(identity.new_key())
+    return {
+        "name": token.name,
+        "secret": token.secret.hex(),
+        "request": request.decode(),
+        "identity": (other or own).public_key().public_bytes_raw().hex(),
+        "proof": identity.prove_identity(own, token.federation, token.name, secret, request).hex(),
+    }
 
 
 def _now():

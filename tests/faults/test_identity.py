@@ -59,6 +59,25 @@ def test_a_long_token_a_wrong_name_and_an_address_that_cannot_be_dialled():
             ids.check_address(address)
 
 
+def test_an_identity_key_signs_its_own_enrolment_only():
+    key, request = ed25519.Ed25519PrivateKey.generate(), ids.request_pem(ids.new_key())
+    public, secret = key.public_key().public_bytes_raw(), ids.secret_hash(TOKEN.secret)
+    proof = ids.prove_identity(key, "hospitals", "north", secret, request)
+    ids.check_identity(proof, public, "hospitals", "north", secret, request)
+    other = ed25519.Ed25519PrivateKey.generate().public_key().public_bytes_raw()
+    for wrong in (
+        (proof, other, "hospitals", "north", secret, request),
+        (proof, public, "hospital", "snorth", secret, request),
+        (proof, public, "hospitals", "south", secret, request),
+        (proof, public, "hospitals", "north", bytes(32), request),
+        (proof, public, "hospitals", "north", secret, b""),
+        (b"", public, "hospitals", "north", secret, request),
+        (proof, b"\xff" * 32, "hospitals", "north", secret, request),
+    ):
+        with pytest.raises(UsageError, match="has not signed"):
+            ids.check_identity(*wrong)
+
+
 # 2. Certificates
 
 

@@ -96,16 +96,17 @@ def test_a_client_that_dies_in_a_session_is_left_out(tmp_path):
 class Net:
     """A round of a secure sum between sites in one process, without sockets."""
 
-    def __init__(self, clients, step_s=10.0, first=0):
+    def __init__(self, clients, step_s=10.0, first=0, keys_s=100.0):
         self.ids, self.begun, self.withdrawn, self.log = count(), [], [], []
         self.identities = {i: new_identity() for i in range(clients)}
         self.public = {i: key.public_key().public_bytes_raw() for i, key in self.identities.items()}
         self.works, self.sites, self.queue, self.now = {}, {}, [], 0.0
+        self.present = set(range(clients))
         self.values = {i: np.arange(8, dtype="<u4") * i for i in range(clients)}
         masks = Masks(least=3, hybrid=False)
         self.round = SumRound(
             masks, self.public, self.assign, self.withdraw, lambda c, piece: self.queue.append((c, piece)),
-            self.begun.append, len, step_s, first,
+            self.begun.append, len, step_s, keys_s, lambda: self.present, first,
         )  # fmt: skip
         for i in range(clients):
             self.round.start(Flight(i, 0, 0, i))
@@ -182,12 +183,38 @@ def test_a_site_that_falls_silent_is_left_out_before_its_masked_words_and_kept_a
 def test_the_server_waits_for_the_keys_of_all_and_then_for_a_step_at_most():
     net = Net(4)
     net.round.begin()
+    net.present.remove(3)
     for client in range(3):
         net.join(client)
     assert net.run() is None and net.round.awaited == (3,) and net.round.left(1e9) is None
     net.join(3)
     assert net.round.advance(5.0) is None and net.round.left(7.0) == 8.0
     assert net.round.step == "shares (step 2 of 8, attempt 1 of 2)"
+
+
+def test_a_client_that_is_present_without_keys_is_left_out_and_an_absent_one_is_awaited():
+    """A channel and signs of life extend nothing: only seconds of presence count, once a sum is possible."""
+    net = Net(6, keys_s=100.0)
+    net.round.begin()
+    net.present.remove(4)
+    for client in range(2):
+        net.join(client)
+    assert net.round.advance(0.0) is None and net.round.left(0.0) is None  # two are too few for a sum
+    assert net.round.advance(500.0) is None and net.round.awaited == (2, 3, 4, 5)
+    net.join(2)
+    net.join(5)
+    assert net.round.advance(500.0) is None and net.round.left(510.0) == 90.0
+    net.present ^= {3, 4}  # the silent client flees after 60 s, and the absent one comes
+    assert net.round.advance(560.0) is None and net.round.left(560.0) == 100.0
+    net.present.add(3)
+    assert net.round.advance(600.0) is None and net.round.left(600.0) == 40.0
+    net.join(4)
+    assert net.round.advance(640.0) is None and net.round.step.startswith("shares")
+    net.now = 640.0
+    outcome = net.run()
+    assert [one.flight.client for one in outcome.arrived] == [0, 1, 2, 4, 5]
+    assert [(flight.client, cause) for flight, cause in outcome.lost] == [(3, "no keys within 100 s")]
+    net.join(3)  # its keys come too late, and change nothing
 
 
 def test_messages_that_arrive_again_change_nothing():

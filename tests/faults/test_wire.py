@@ -17,27 +17,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from net_messages import ANSWER, DOWN, HASH, LEASE, OTHER, PLAN, POST, STEP, STEP_CAP, UP, VERSIONS, WORK, work
+from net_messages import DOWN, HASH, LEASE, OTHER, PLAN, STEP, STEP_CAP, UP, VERSIONS, WORK, work
 from safetensors.numpy import save
 
 from atoll.net import wire
-from atoll.net.wire import FrameError, decode_answer, decode_down, decode_post, decode_up, encode_frame
+from atoll.net.wire import FrameError, decode_down, decode_up, encode_frame
 
-NUMBERS = sorted({**wire.UP, **wire.DOWN, **wire.POST, **wire.ANSWER})
-
-
-def post(frame, cap=0):
-    return decode_post(frame)
+NUMBERS = sorted({**wire.UP, **wire.DOWN})
 
 
-def answer(frame, cap=0):
-    return decode_answer(frame)
-
-
-EVERY = (decode_up, decode_down, post, answer)
-TABLES = (UP, DOWN, POST, ANSWER)
+EVERY = (decode_up, decode_down)
+TABLES = (UP, DOWN)
 DECODERS = {name: decode for table, decode in zip(TABLES, EVERY, strict=True) for name in table}
-ALL = {**UP, **DOWN, **POST, **ANSWER}
+ALL = {**UP, **DOWN}
 FRAMES = [encode_frame(m, STEP_CAP) for m in (*ALL.values(), STEP)]
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +45,7 @@ def framed(number, body, magic=b"ATOL", protocol=wire.PROTOCOL, flags=0, length=
 
 
 def number_of(message):
-    return next(n for n, kind in {**wire.UP, **wire.DOWN, **wire.POST, **wire.ANSWER}.items() if kind is type(message))
+    return next(n for n, kind in {**wire.UP, **wire.DOWN}.items() if kind is type(message))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -360,8 +352,6 @@ def test_the_page_lists_every_message_field_and_code():
     structs = [
         *wire.UP.values(),
         *wire.DOWN.values(),
-        *wire.POST.values(),
-        *wire.ANSWER.values(),
         wire.Versions,
         wire.Blob,
         wire.Lease,
@@ -373,7 +363,6 @@ def test_the_page_lists_every_message_field_and_code():
         fields = re.findall(r"`(\w+)`", rows[kind.__name__].split(" | ")[0])
         assert tuple(fields) == kind.__struct_fields__, kind.__name__
     for codes in (
-        wire.DenialCode,
         wire.RefusalCode,
         wire.LeaveCode,
         wire.ReceiptCode,

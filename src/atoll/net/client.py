@@ -121,8 +121,14 @@ async def _enrol_at(address: str, token: identity.Token, home: Path, request: by
         identity.check_authority(pem, token.authority)
         atomic_write(home / "ca.pem", pem)
         context = identity.client_context(None, None, home / "ca.pem")
-        own = identity.own_identity(home / "identity.pem").public_key().public_bytes_raw().hex()
-        fields = {"name": token.name, "secret": token.secret.hex(), "request": request.decode(), "identity": own}
+        own, secret = identity.own_identity(home / "identity.pem"), identity.secret_hash(token.secret)
+        fields = {
+            "name": token.name,
+            "secret": token.secret.hex(),
+            "request": request.decode(),
+            "identity": own.public_key().public_bytes_raw().hex(),
+            "proof": identity.prove_identity(own, token.federation, token.name, secret, request).hex(),
+        }
         async with session.post(f"https://{address}/v1/enrol", ssl=context, json=fields) as answer:
             body = await _body(answer, 1 << 16)
             if answer.status != 200:

@@ -539,6 +539,8 @@ class ServerEngine(Engine):
             lambda attempt: database.put("attempt", f"{place}{attempt}"),
             lambda clients: int(self._weights(plan, clients).sum()),
             self.spec.step_s,
+            self.spec.keys_s,
+            lambda: self._present,
             first,
         )
 

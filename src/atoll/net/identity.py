@@ -268,6 +268,42 @@ def identity_bytes(text: str) -> bytes:
     return found
 
 
+def _enrolment(federation: str, name: str, secret: bytes, request: bytes, key: bytes) -> bytes:
+    """The text that an identity key signs at an enrolment."""
+    parts = (federation.encode(), name.encode(), secret, request, key)
+    return b"atoll/enrol/v1" + b"".join(sha256(part).digest() for part in parts)
+
+
+def prove_identity(key: ed25519.Ed25519PrivateKey, federation: str, name: str, secret: bytes, request: bytes) -> bytes:
+    """The proof, 64 bytes, that a client which enrols has the private key of its identity.
+
+    Args:
+        key: the identity key.
+        federation, name: the federation, and the name of the client.
+        secret: the `secret_hash` of the token.
+        request: the certificate request, as PEM.
+    """
+    public = key.public_key().public_bytes_raw()
+    return key.sign(_enrolment(federation, name, secret, request, public))
+
+
+def check_identity(proof: bytes, key: bytes, federation: str, name: str, secret: bytes, request: bytes) -> None:
+    """Refuse an identity key whose owner is not the client that enrols. The arguments are those of `prove_identity`.
+
+    Raises:
+        UsageError: the proof is not a signature of this key for this enrolment.
+    """
+    try:
+        text = _enrolment(federation, name, secret, request, key)
+        ed25519.Ed25519PublicKey.from_public_bytes(key).verify(proof, text)
+    except (InvalidSignature, ValueError):
+        raise UsageError(
+            f"The identity key of {name!r} has not signed its enrolment.",
+            "the signature of the identity key that is sent.",
+            "a client could else name the key of another one.",
+        ) from None
+
+
 def check_private(path: Path) -> None:
     """Refuse a key file that other users of this machine can read or write.
 

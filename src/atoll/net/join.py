@@ -10,7 +10,6 @@ import importlib.util
 import json
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +29,7 @@ from atoll.data.schema import Schema
 from atoll.data.site_rows import site_rows
 from atoll.net import identity, wire
 from atoll.net.client import Client, Ended, Membership, Notify, enrol, pause
+from atoll.net.ledger import ledger_rows
 from atoll.net.loop import run_loop
 from atoll.net.policy import Policy
 from atoll.net.site import Loader, MemoryChain, Site
@@ -228,19 +228,14 @@ def _call(code: Path, function: str) -> Any:
 
 
 def site_status(home: Path) -> dict[str, Any]:
-    """The state of a site, from the files of its home."""
+    """The state of a site, from the files of its home.
+
+    Raises:
+        RunError: its ledger or its memory is damaged.
+    """
     member = required(Membership.open(home), "membership")
     chain = MemoryChain.open(home)
-    rows: deque[dict[str, Any]] = deque(maxlen=1)
-    count = total = 0
-    ledger = home / "ledger.jsonl"
-    for line in ledger.read_bytes().splitlines() if ledger.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows.append(row)
-        count, total = count + 1, total + row["bytes"]
+    rows = ledger_rows(home)
     last = rows[-1] if rows else {}
     return {
         "federation": member.federation,
@@ -252,7 +247,7 @@ def site_status(home: Path) -> dict[str, Any]:
         "settled": None if chain.settled is None else chain.settled.hex(),
         "prepared": [one.work.hex() for one in chain.prepared],
         "asked": json.loads((home / "asked.json").read_bytes())["plan"] if (home / "asked.json").exists() else None,
-        "messages": count,
-        "bytes": total,
+        "messages": len(rows),
+        "bytes": sum(row["bytes"] for row in rows),
         "last": {n: last[n] for n in ("time", "round", "bytes", "work") if n in last},
     }

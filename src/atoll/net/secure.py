@@ -6,9 +6,11 @@
     both     M5 … M8       `StepMessage`s: survivors, confirmation, shares
     server                 adds masked words when they arrive, removes the masks, and folds one sum
 
-The server waits for the keys of all clients of the round. From then on a client that does not answer a step in time is
-left out. An attempt without a sum is followed by another one with new keys, at most `ATTEMPTS` in a round. A session is
-never stored: a server that starts again begins the next attempt.
+The server waits for the keys of all clients of the round. Once enough have arrived for a sum, each other client has
+`keys_s` seconds of presence to send its own; signs of life do not extend them. An absent client is awaited as in other
+rounds. From then on a client that does not answer a step in time is left out. An attempt without a sum is followed by
+another one with new keys, at most `ATTEMPTS` in a round. A session is never stored: a server that starts again begins
+the next attempt.
 
 A client is named by its public identity key. It sends the same answer again if the same message arrives again, since a
 connection may end at any byte.
@@ -18,7 +20,7 @@ Tests: tests/faults/test_secure_network.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ from atoll.plan.in_flight import Flight
 from atoll.plan.plan import Plan
 from atoll.plan.round import summed_vectors
 from atoll.secure.client import SumClient, Words
-from atoll.secure.messages import MASKED, UNMASK, SumMessage, longest_bodies
+from atoll.secure.messages import ADVERTISE, MASKED, UNMASK, SumMessage, longest_bodies
 from atoll.secure.params import Agreement
 from atoll.secure.refusals import SessionError
 from atoll.secure.server import SecureSum, SumServer
@@ -137,6 +139,7 @@ class _Member:
     sent: list[StepMessage] = field(default_factory=list)  # the last message to the client
     up: int = 0
     down: int = 0
+    owed: float = 0.0  # seconds in which it was present without its keys, although a sum was possible
     delivered: events.Deliver | None = None
 
 
@@ -168,7 +171,9 @@ class SumRound:
         step: sends a client a piece of a step.
         begun: writes the number of an attempt to disk, before a client learns of it.
         weigh: the weight of clients together, by their rows.
-        step_s: the seconds that a client has for a step.
+        step_s: the seconds that a client has for a step after the first one.
+        keys_s: the seconds of presence that a client has for its keys, once enough others have sent theirs.
+        present: returns the clients that are connected.
         first: the number of the first attempt.
     """
 
@@ -182,10 +187,15 @@ class SumRound:
         begun: Callable[[int], None],
         weigh: Callable[[list[int]], int],
         step_s: float,
+        keys_s: float,
+        present: Callable[[], Collection[int]],
         first: int = 0,
     ) -> None:
         self._masks, self._identities, self._assign, self._withdraw = masks, identities, assign, withdraw
         self._step, self._begun, self._weigh, self._step_s = step, begun, weigh, step_s
+        self._keys_s, self._present = keys_s, present
+        self._looked: float | None = None  # the time of the last count of owed seconds
+        self._there: frozenset[int] = frozenset()  # the clients that were present then
         self.attempt = first - 1
         self._flights: dict[int, Flight] = {}
         self._members: dict[bytes, _Member] = {}
@@ -210,8 +220,27 @@ class SumRound:
         self._flights[flight.client] = flight
 
     def left(self, now: float) -> float | None:
-        """The seconds until the open step ends; None: it waits for all clients."""
-        return None if self._deadline is None else max(0.0, self._deadline - now)
+        """The seconds until the step ends, or until a client without keys is left out; None: neither has a time."""
+        if self._deadline is not None:
+            return max(0.0, self._deadline - now)
+        owed = [member.owed for member in self._owing() if member.flight.client in self._there]
+        return max(0.0, (self._looked or 0.0) + self._keys_s - max(owed) - now) if owed else None
+
+    def _owing(self) -> list[_Member]:
+        """The clients without whose keys a sum is possible, and which are awaited."""
+        if self._server is None or self._server.step != ADVERTISE:
+            return []
+        owing = [member for member in self._members.values() if member.flight.client in self._waits]
+        return owing if sum(ADVERTISE in m.seen for m in self._members.values()) >= self._masks.least else []
+
+    def _count_owed(self, now: float) -> None:
+        """Leave out the clients that have owed their keys for too long."""
+        passed = now - self._looked if self._looked is not None else 0.0
+        for member in self._owing():
+            member.owed += passed if member.flight.client in self._there else 0.0
+            if member.owed >= self._keys_s:
+                self.lost(member.flight.client, f"no {STEPS[ADVERTISE]} within {self._keys_s:g} s")
+        self._looked, self._there = now, frozenset(self._present())
 
     def begin(self) -> SumOutcome | None:
         """Begin the next attempt; the end of the round if none remains."""
@@ -221,7 +250,7 @@ class SumRound:
             self._server, lost = None, tuple((f, self._out.get(c, last)) for c, f in sorted(self._flights.items()))
             return SumOutcome(None, (), lost)
         self._begun(self.attempt)
-        self._members, self._out, self._deadline = {}, {}, None
+        self._members, self._out, self._deadline, self._looked = {}, {}, None, None
         for client, flight in self._flights.items():
             if client not in self._identities:
                 self._out[client] = "it has no identity key: it enrolled without one"
@@ -293,7 +322,8 @@ class SumRound:
 
     def advance(self, now: float) -> SumOutcome | None:
         """Close the steps that are complete or overdue. Returns the end of the round, once."""
-        while self._server is not None and (not self._waits or self.left(now) == 0):
+        self._count_owed(now)
+        while self._server is not None and (not self._waits or (self._deadline is not None and now >= self._deadline)):
             server = self._server
             for client in self._waits:
                 self._out[client] = f"no {STEPS[server.step]} within {self._step_s:g} s"

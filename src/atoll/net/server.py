@@ -543,15 +543,16 @@ class Listener:
                 fields = json.loads(await request.read())
             name, pem = str(fields["name"]), str(fields["request"]).encode()
             secret = identity.secret_hash(bytes.fromhex(fields["secret"]))
-            key = identity.identity_bytes(str(fields["identity"]))
+            key, proof = identity.identity_bytes(str(fields["identity"])), bytes.fromhex(fields["proof"])
         except TimeoutError:
             tries.append(now)
             raise web.HTTPRequestTimeout() from None
         except (ValueError, KeyError, TypeError):
             tries.append(now)
-            return _refused(400, "The request cannot be read.", "name, secret, request and identity.")
+            return _refused(400, "The request cannot be read.", "name, secret, request, identity and proof.")
         work = self._issue(name, pem, secret, key)
         try:
+            identity.check_identity(proof, key, self.store.federation, name, secret, pem)
             certificate = await asyncio.get_running_loop().run_in_executor(None, work)
         except (DeniedError, UsageError) as error:
             tries.append(now)

@@ -3,7 +3,7 @@
     home/key.pem certificate.pem ca.pem site.json      the identity, and the server
     home/memory                                        client state after its last settled work
     home/prepared/NUMBER-WORK                          messages that no committed round contains yet, in order
-    home/ledger.jsonl                                  every message that was sent
+    home/ledger.jsonl ledger.head                      every message that was sent; `atoll.net.ledger`
     home/identity.pem                                  the key that names the site in secure sums
     home/sums.json                                     the last secure sum of each run in which the site took part
     home/data.json                                     the run of the rows, and their fingerprint
@@ -19,7 +19,6 @@ Tests: tests/faults/test_site.py
 from __future__ import annotations
 
 import json
-import os
 import struct
 import threading
 from collections import Counter, defaultdict
@@ -48,6 +47,7 @@ from atoll.engine.contribution import encode_contribution, lift_message
 from atoll.engine.inprocess import threads_for
 from atoll.net.coordinator import NO_DIGEST
 from atoll.net.identity import own_identity
+from atoll.net.ledger import SiteLedger
 from atoll.net.policy import Policy, contribution_name
 from atoll.net.secure import SiteSum, agreement_of
 from atoll.net.terms import Own, RefusedError, Terms, layout_hash, read_plan
@@ -236,8 +236,10 @@ class Site:
         self._rows_facts: dict[str, str] = {}  # the run, and the fingerprint of the rows
         self._sent: Counter[str] = Counter()  # bytes by day of UTC
         self._made: defaultdict[str, dict[str, int | str]] = defaultdict(dict)  # by run and work: `contribution_name`
-        for row in ledger_rows(home):
+        self._ledger = SiteLedger(home)
+        for row in self._ledger.rows:
             self._count(row)
+        self._ledger.rows.clear()
         self.chain = MemoryChain.open(home)
         self.client = -1
         self.terms: Terms | None = None
@@ -536,7 +538,11 @@ class Site:
         }
 
     def record(self, work: Work, body: bytes) -> None:
-        """Append a message to the ledger, before it is sent."""
+        """Write a message to the ledger, before it is sent.
+
+        Raises:
+            RunError: the ledger could not be written.
+        """
         row: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "run": self.chain.run,
@@ -549,8 +555,7 @@ class Site:
             "plan": work.plan,
         }
         row |= {} if work.sum is None else {"attempt": work.attempt}
-        with open(self.home / "ledger.jsonl", "ab") as file:
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._ledger.append(row)
         self._count(row)
 
     def _count(self, row: Mapping[str, Any]) -> None:
@@ -559,16 +564,6 @@ class Site:
         if row["kind"] == "round":
             name = contribution_name(row["work"], row["round"], "attempt" in row)
             self._made[row["run"] or ""][row["work"]] = name
-
-
-def ledger_rows(home: Path) -> list[dict[str, Any]]:
-    """The rows of the ledger of a site. A last line that a kill has cut is removed: its message was not sent."""
-    path = home / "ledger.jsonl"
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def check_kind(work: Work, plan: Plan) -> None:

@@ -32,6 +32,8 @@ class Server(grammar.Value, EngineSpec):
         absent_s: the seconds after which the work of an absent client fails; None: it is awaited without limit.
         lease_s: the seconds of a lease without a sign of life, > 0.
         step_s: the seconds that a client has for each step of a secure sum, > 0. Then the sum leaves the client out.
+        keys_s: the same for the first step, which follows the training: seconds in which the client is connected, once
+            enough clients for a sum have sent their keys.
         max_rows: the most rows of a client.
         window: the bytes of large messages that may be in flight, for the whole server.
         share: whether the clients receive the final model.
@@ -57,6 +59,7 @@ class Server(grammar.Value, EngineSpec):
     absent_s: float | None = None
     lease_s: float = 60.0
     step_s: float = 60.0
+    keys_s: float = 3600.0
     max_rows: int = 1 << 24
     window: int = 256 << 20
     share: bool = True
@@ -78,7 +81,7 @@ class Server(grammar.Value, EngineSpec):
                     f"at least {least}.",
                     write=Line(f"{name}={least}", f"--set net.{name}={least}"),
                 )
-        for name in ("lease_s", "step_s"):
+        for name in ("lease_s", "step_s", "keys_s"):
             if getattr(self, name) <= 0:
                 raise UsageError(
                     f"net.{name} = {getattr(self, name)}.",

@@ -346,42 +346,9 @@ class StepMessage(_Struct, frozen=True):
     body: Inline
 
 
-# 5. Bodies of the enrolment, which travels by HTTP
-
-
-class Enrol(_Struct, frozen=True):
-    """The body of `POST /v1/enrol`: the name and the secret of a token, and a certificate request as PEM."""
-
-    name: Name
-    secret: Digest
-    request: Annotated[bytes, Meta(max_length=4096)]
-
-
-class Renew(_Struct, frozen=True):
-    """The body of `POST /v1/renew`: a certificate request as PEM. The channel proves the name."""
-
-    request: Annotated[bytes, Meta(max_length=4096)]
-
-
-class Issued(_Struct, frozen=True):
-    """The answer to both: the number of the client and its certificate as DER."""
-
-    client: ClientId
-    certificate: Annotated[bytes, Meta(max_length=4096)]
-
-
-class Denied(_Struct, frozen=True):
-    """The answer to both if no certificate is issued."""
-
-    code: DenialCode
-    reason: Text
-
-
 Up: TypeAlias = Hello | Ready | Update | Sent | Progress | Refusal | Leave | StepMessage
 Down: TypeAlias = Welcome | Work | Receipt | Settled | Cancel | Bye | StepMessage
-Post: TypeAlias = Enrol | Renew
-Answer: TypeAlias = Issued | Denied
-Message: TypeAlias = Up | Down | Post | Answer
+Message: TypeAlias = Up | Down
 
 UP: Mapping[int, type[Up]] = {
     1: Hello, 2: Ready, 3: Update, 4: Sent, 5: Progress, 6: Refusal, 7: Leave, 64: StepMessage,
@@ -389,9 +356,7 @@ UP: Mapping[int, type[Up]] = {
 DOWN: Mapping[int, type[Down]] = {
     33: Welcome, 34: Work, 35: Receipt, 36: Settled, 37: Cancel, 38: Bye, 64: StepMessage,
 }  # fmt: skip
-POST: Mapping[int, type[Post]] = {96: Enrol, 97: Renew}
-ANSWER: Mapping[int, type[Answer]] = {112: Issued, 113: Denied}
-_TABLES: tuple[Mapping[int, type[Message]], ...] = (UP, DOWN, POST, ANSWER)
+_TABLES: tuple[Mapping[int, type[Message]], ...] = (UP, DOWN)
 _NUMBERS: Mapping[type[Message], int] = {kind: number for table in _TABLES for number, kind in table.items()}
 _DECODERS = {kind: msgspec.msgpack.Decoder(kind) for kind in _NUMBERS}
 _ENCODER = msgspec.msgpack.Encoder()
@@ -467,28 +432,6 @@ def decode_down(frame: bytes | bytearray | memoryview, step_cap: int = 0) -> Dow
         'late'
     """
     message: Down = _accept(frame, DOWN, step_cap)
-    return message
-
-
-def decode_post(frame: bytes | bytearray | memoryview) -> Post:
-    """Read the body of `POST /v1/enrol` or `POST /v1/renew`; the errors are those of `decode_up`.
-
-    Example:
-        >>> decode_post(encode_frame(Renew(b"pem"))).request
-        b'pem'
-    """
-    message: Post = _accept(frame, POST, 0)
-    return message
-
-
-def decode_answer(frame: bytes | bytearray | memoryview) -> Answer:
-    """Read the answer to an enrolment or a renewal; the errors are those of `decode_up`.
-
-    Example:
-        >>> decode_answer(encode_frame(Issued(3, b"der"))).client
-        3
-    """
-    message: Answer = _accept(frame, ANSWER, 0)
     return message
 
 
