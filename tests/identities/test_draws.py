@@ -1,6 +1,7 @@
 """Draws of user code depend on keys only, and leave the generators and modes of the caller as they were."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import numpy as np
@@ -205,3 +206,26 @@ def test_rows_without_draws_are_read_once_each_and_without_a_scope():
     before = dataset.reads
     data.take(data.order)
     assert dataset.reads - before == 40
+
+
+def learnt(case):
+    """The fingerprints of a training."""
+    model, made, loss, plan, seed = case
+    settings = {"loss": loss, "draws": True} if loss else {}
+    training = atoll.rounds(model, made(), PLANS[plan], rounds=2, seed=seed, **settings)
+    return [report.fingerprint for report in training]
+
+
+def augmented():
+    return atoll.data.dataset(Augmented(rows=20)).split(2)
+
+
+def test_trainings_in_threads_give_the_bits_of_trainings_one_after_another():
+    kinds = [("mlp", augmented, None, "custom"), (Dropped(), augmented, rough, "momentum")]
+    cases = [(*kind, seed) for seed in (1, 2) for kind in kinds]
+    expected = [learnt(case) for case in cases]
+    shake(5)
+    before = generator_states()
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(learnt, cases)) == expected
+    assert generator_states() == before

@@ -17,10 +17,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
+import os
 import random
 import struct
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Self
@@ -416,8 +418,8 @@ def global_scope(key: Key) -> Iterator[None]:
 
     It serves code outside atoll that draws from global generators: initial weights, a user's own loop. Draws inside
     the block depend only on the key; draws after the block do not depend on it. Generators of CUDA devices are
-    included if CUDA is initialized. Two threads must not use it at the same time, because the generators belong to
-    the process.
+    included if CUDA is initialized. The generators belong to the process: a second thread waits at the start of its
+    block until the block of the first thread ends, or until the first thread waits inside `lend_generators`.
 
     Args:
         key: the source of the seed.
@@ -429,20 +431,102 @@ def global_scope(key: Key) -> Iterator[None]:
         True
     """
     seed = key.torch_seed()
+    with _GENERATORS.own(), _restored():
+        # torch.manual_seed would also seed devices that are not initialized yet, and that could not be restored.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
+        np.random.seed([seed & _U32, seed >> 32])
+        random.seed(seed)
+        yield
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
+    """Restore the states of the global generators on exit."""
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
         with torch.random.fork_rng(gpus):
-            # torch.manual_seed would also seed devices that are not initialized yet, and that could not be restored.
-            torch.default_generator.manual_seed(seed)
-            if gpus:
-                torch.cuda.manual_seed_all(seed)
-            np.random.seed([seed & _U32, seed >> 32])
-            random.seed(seed)
             yield
     finally:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+class _OneThread(threading.local):
+    """Give the global generators and torch's default dtype of this process to one thread at a time.
+
+    A thread that owns them may ask again. A process that is forked while another thread owns them starts with a new
+    lock, because that thread does not exist in the new process.
+    """
+
+    depth = 0  # of this thread
+    dtype = torch.float32  # the default dtype when this thread became the owner
+
+    def __init__(self, lock: list[threading.Lock]) -> None:
+        self._lock = lock  # a list, so that all threads of a forked process see its new lock
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Wait until no other thread owns them, and own them inside the block."""
+        if self.depth:
+            self.depth += 1
+            try:
+                yield
+            finally:
+                self.depth -= 1
+            return
+        with self._lock[0]:
+            self.depth, self.dtype = 1, torch.get_default_dtype()
+            try:
+                yield
+            finally:
+                self.depth = 0
+
+    @contextmanager
+    def lend(self) -> Iterator[None]:
+        """Let other threads own them inside the block, then own them again with the states of before."""
+        if not self.depth:
+            yield
+            return
+        depth, inner, outer = self.depth, torch.get_default_dtype(), self.dtype
+        with _restored():
+            torch.set_default_dtype(outer)
+            self.depth = 0
+            self._lock[0].release()
+            try:
+                yield
+            finally:
+                self._lock[0].acquire()
+                self.depth = depth
+                torch.set_default_dtype(inner)
+
+    def forked(self) -> None:
+        """Replace the lock in a forked process whose only thread does not own it."""
+        if not self.depth:
+            self._lock[0] = threading.Lock()
+
+
+_GENERATORS = _OneThread([threading.Lock()])
+os.register_at_fork(after_in_child=_GENERATORS.forked)
+
+
+def lend_generators() -> AbstractContextManager[None]:
+    """Let user code of other threads run inside the block: for a wait inside `user_scope`, as for clients of a server.
+
+    On exit, the generators and the default dtype have the values of before. Outside of `user_scope` it does nothing.
+
+    Example:
+        >>> with user_scope(Key(7)):
+        ...     with lend_generators():
+        ...         _ = torch.rand(1)
+        ...     inside = torch.rand(1)
+        >>> with user_scope(Key(7)):
+        ...     torch.equal(torch.rand(1), inside)
+        True
+    """
+    return _GENERATORS.lend()
 
 
 def generator_states() -> tuple[object, ...]:
@@ -526,14 +610,15 @@ def user_modes() -> Iterator[None]:
     """Set torch's global modes to the defaults that atoll computes with, and restore the caller's modes on exit.
 
     Inside, gradients are recorded, inference mode and autocast are off, the default dtype is float32 and the default
-    device is the CPU. A training therefore has the same bits under each mode of the caller.
+    device is the CPU. A training therefore has the same bits under each mode of the caller. The default dtype and the
+    generators belong to the process: a second thread waits until the block of the first one ends.
 
     Example:
         >>> with torch.no_grad(), user_modes():
         ...     torch.is_grad_enabled()
         True
     """
-    with ExitStack() as stack:
+    with _GENERATORS.own(), ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         if not torch.is_grad_enabled():
@@ -556,7 +641,7 @@ def user_scope(key: Key) -> Iterator[None]:
 
     Modules, losses, metrics, data sets, factories, schedules, stop rules and training loops of the user are called
     inside. Their draws depend only on the key. The generators and modes of the caller are restored on exit:
-    `global_scope` and `user_modes` list them.
+    `global_scope` and `user_modes` list them. One thread of the process is inside at a time.
 
     Args:
         key: the source of the seed.

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from atoll import models
 from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Change, Line, Part
-from atoll.base.random import Key
+from atoll.base.random import Key, lend_generators
 from atoll.base.validation import required
 from atoll.compute.layout import Layout, named_tensors
 from atoll.compute.task import Task
@@ -652,7 +652,11 @@ class ServerEngine(Engine):
         """Wait for at least one action of the coordinator, at most `left` seconds, and carry out all that are there."""
         limits = [t for t in (left, None if self.stop_at is None else self.stop_at - time.monotonic()) if t is not None]
         try:
-            first = self.net.inbox.get(timeout=max(0.0, min(limits)) if limits else None)
+            if self.net.inbox.empty():
+                with lend_generators():  # clients in other threads of this process compute meanwhile
+                    first = self.net.inbox.get(timeout=max(0.0, min(limits)) if limits else None)
+            else:
+                first = self.net.inbox.get()
         except queue.Empty:
             if self.stop_at is not None and time.monotonic() >= self.stop_at:
                 raise Stopped from None

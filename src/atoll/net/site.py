@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import struct
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,7 @@ from torch import Tensor
 
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.files import atomic_write
-from atoll.base.random import Key
+from atoll.base.random import Key, user_modes
 from atoll.base.validation import required
 from atoll.compute.batches import OnStep
 from atoll.compute.layout import Layout
@@ -63,7 +62,6 @@ from atoll.plan.state import part_of, unpack_broadcast
 from atoll.secure.client import SumClient, Words
 from atoll.secure.refusals import SessionError
 
-_COMPUTING = threading.Lock()  # sites in one process share torch's global generators
 _NO_SHARED: Mapping[str, Tensors] = {"local": {}, "codec": {}}
 _LIGHT = 8  # messages that stay in memory if the plan has no client memory
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "I64": torch.int64}
@@ -315,7 +313,7 @@ class Site:
             if known is not None:
                 return known
             self.fix_rows()
-            with _COMPUTING:
+            with user_modes():
                 return self._computed(work, plan, model, fixed, on_step)
         except RefusedError:
             raise
@@ -411,7 +409,7 @@ class Site:
                 self.policy.floors,
                 self._last_sum(),
             )
-            with _COMPUTING:
+            with user_modes():
                 words = self._words(work, rule, form, one)
         except SessionError as error:
             raise RefusedError("session", f"{error.reason}: {error.given}", error.required) from error
@@ -524,7 +522,7 @@ class Site:
             Ids(torch.tensor([self.client]), torch.zeros(1, dtype=torch.int64)),
             Broadcast(0, task.start, _NO_SHARED),
         )
-        with _COMPUTING, threads_for(task, 1, plan):
+        with user_modes(), threads_for(task, 1, plan):
             sent, message, _ = encode_contribution(plan, task, data, model, ids, Key(0), {})
         body = MessageForm.of(plan, task).to_bytes(message)[0]
         return {
