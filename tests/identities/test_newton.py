@@ -19,9 +19,19 @@ from atoll.plan.aggregate import Masks, Mean, Sum
 from atoll.plan.codec import ErrorFeedback, TopK
 from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.pace import Buffered
-from atoll.plan.sampler import Uniform
+from atoll.plan.protocols import Cohort, Sampler
+from atoll.plan.round import bind
+from atoll.plan.sampler import Poisson, Uniform
+from atoll.training.baselines import compare_baselines
 
 WIDE = torch.float64
+
+
+class OfAll(Sampler):
+    """A sampler from outside the package that selects all clients."""
+
+    def __call__(self, population, round, key):
+        return Cohort(torch.arange(population.clients), torch.ones((), dtype=WIDE))
 
 
 def trained(model, data, plan, rounds=10, **settings):
@@ -147,6 +157,8 @@ def test_a_round_without_all_clients_makes_no_step():
     state, reports = run(plan, InProcessEngine(task, data, fleet=Fleet(dropout=0.5)), 12)
     moved = [r.round for r in reports if r.metrics.get("gradient_norm", 0.0) > 1e-9]
     assert moved == [next(r.round for r in reports if r.arrived == 3)] != [0]
+    assert all(bool(r.notes) == (r.arrived < 3) for r in reports)
+    assert "of 3 clients arrived: no step, since Newton() needs all" in reports[0].notes[0]
     whole, _ = run(plan, InProcessEngine(task, data), 2)
     torch.testing.assert_close(state.model.theta, whole.model.theta)
 
@@ -193,7 +205,6 @@ def test_refused_models():
 @pytest.mark.parametrize(
     "other",
     [
-        {"cohort": Uniform(2)},
         {"aggregator": Sum()},
         {"aggregator": Mean(weights="equal")},
         {"codec": TopK(0.5)},
@@ -208,6 +219,28 @@ def test_refused_models():
 def test_refused_parts(other):
     with pytest.raises(UsageError, match=r"Newton\(\)"):
         replace(recipes.newton(), **other)
+
+
+def test_only_a_sampler_of_all_clients_is_taken():
+    data = regression((9, 8, 7))
+    task = task_of(nn.Linear(3, 1).double(), data, "loop")
+    engine, plan = InProcessEngine(task, data), recipes.newton()
+    for other in (Uniform(2), Poisson(0.5)):
+        with pytest.raises(UsageError, match="selects all clients"):
+            bind(replace(plan, cohort=other), engine)
+    whole = run(plan, engine, 1)[0].model.theta
+    for same in (Uniform(3), Poisson(1.0), OfAll()):
+        assert torch.equal(run(replace(plan, cohort=same), engine, 1)[0].model.theta, whole)
+
+
+def test_baselines_are_the_minima_of_all_rows_and_of_each_client():
+    data = replace(regression((12, 12)), held_out=regression((12, 12)).rows)
+    training = atoll.rounds("linear", data, recipes.newton(), rounds=1, dtype="float64")
+    list(training)
+    found = compare_baselines(training)
+    assert found["pooled"]["rmse"] == pytest.approx(training.final_values().metrics["rmse"], rel=1e-9)
+    assert found["local"]["clients"] == 2 and "diverged" not in found["local"]
+    assert found["local"]["rmse"] < 0.2  # the noise has 0.1
 
 
 def test_refused_penalty():

@@ -385,6 +385,11 @@ class Local(Protocol):
         return False
 
     @default
+    def needs_everyone(self) -> bool:
+        """Whether the part makes a step only in rounds with the contributions of all clients."""
+        return False
+
+    @default
     def mixes_widths(self) -> bool:
         """Whether `contribute` takes clients of different padded lengths together, without a change of a bit."""
         return False

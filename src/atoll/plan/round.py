@@ -209,6 +209,13 @@ def bind(plan: Plan, engine: Engine, task: Task | None = None) -> Plan:
             Line(python=f"torch.nn.GroupNorm(1, {size})"),
         )
     sampler = sampler_of(plan)
+    if plan.local.needs_everyone and bool((sampler(population, 0, Key(0)).chance < 1).any()):
+        raise UsageError(
+            f"{plan.local!r} with {sampler!r}.",
+            "a sampler that selects all clients in each round.",
+            "the part makes a step only with the contributions of all clients.",
+            Part("Everyone()", "cohort"),
+        )
     if not plan.codec.averages_all_clients:
         chance = sampler(population, 0, Key(0)).chance
         if chance.dim() and plan.local.needs_population:
@@ -373,6 +380,10 @@ def close_round(opened: Opened, gathered: Gathered) -> Closed:
     total, server = server_update(plan, decode_sums(plan, state, gathered), state, info, key)
     mean = finalize(plan, total, info)
     after = descend(plan, state, mean, server, gathered.air, opened.layout)
+    if plan.local.needs_everyone and bool(total.weight != total_weight):
+        arrived, clients = len(gathered.arrived), population.clients
+        note = f"{arrived} of {clients} clients arrived: no step, since {plan.local!r:.80} needs all."
+        gathered = gathered._replace(notes=(*gathered.notes, note))
     return Closed(total, mean, after, report(plan, state, gathered, mean))
 
 

@@ -233,6 +233,8 @@ def _solo(plan: Plan) -> Plan:
 
     A correction is for clients that differ, so a client alone has none.
     """
+    if plan.local.needs_everyone:  # its one client is the whole population
+        return Plan(plan.local, Mean(), sgd(1.0))
     if not isinstance(plan.local, Gradient):
         local = plan.local
         if isinstance(local, Train):
@@ -324,7 +326,11 @@ def _one_by_one(training: Training, plan: Plan, ids: Tensor, turns: Tensor) -> I
     """Train each client with `step`. This works for any local part. Place in `ids`, model, and whether it is finite."""
     engine = InProcessEngine(training.task, training.data)
     for at, client in enumerate(ids.tolist()):
-        state, failed = _train(training, engine, plan, turns[:, at], client)
+        if plan.local.needs_everyone:
+            single = InProcessEngine(training.task, training.data.only([client]))
+            state, failed = _train(training, single, plan, turns[:, at], 0)
+        else:
+            state, failed = _train(training, engine, plan, turns[:, at], client)
         yield at, state.model, failed is None
 
 

@@ -80,6 +80,7 @@ class Newton(Local):
     l2: float = bounded_number(0.0, least=0, example=1e-3, why="a negative penalty has no minimum.")
     numerics = "loop"  # a chunk of one client: its Hessian may have 2,001,000 numbers
     needs_population = True
+    needs_everyone = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -161,9 +162,6 @@ class Newton(Local):
     def conflicts(self, slots: Slots) -> Iterator[Conflict]:
         """Refuses parts that change the exact mean over all clients, or the length of the step."""
         given = f"{self!r} with"
-        if repr(slots.sampler) != "Everyone()":
-            why = "the Hessian and the loss are those of the rows of all clients."
-            yield Conflict(f"{given} {slots.sampler!r}.", "all clients in each round.", why, "Everyone()")
         rule = slots.aggregator
         many = torch.tensor([1 << 40])  # a limit of the weight would change the mean, too
         by_rows = torch.equal(rule.weigh(torch.zeros_like(many), many), many)
