@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,16 +27,42 @@ Home = Annotated[str, Parameter(group=GROUPS[RUNNING], help="The folder of the s
 NET = "net."
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class IdentityFlags:
+    """The certificate of an institution, in place of that of the federation."""
+
+    cert: Annotated[str | None, flag(RUNNING, "A certificate of your institution, PEM. With --key and --ca.")] = None
+    key: Annotated[str | None, flag(RUNNING, "The key of --cert, PEM, with mode 0600.")] = None
+    ca: Annotated[str | None, flag(RUNNING, "The authority of the other side, PEM.")] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class PlaceFlags:
+    """Where a server listens."""
+
+    listen: Annotated[str | None, flag(RUNNING, "HOST:PORT. Default: that of the last start, else 127.0.0.1:0.")] = None
+    name: Annotated[list[str] | None, flag(RUNNING, "A host name of this server for its certificate.")] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class CodeFlags:
+    """A site's own code by the names that the run uses."""
+
+    model_as: Annotated[list[str] | None, flag(RUNNING, "NAME=module:function: the site's own model.")] = None
+    part: Annotated[list[str] | None, flag(RUNNING, "NAME=module:Class: a part, loss or metric of the site.")] = None
+
+
 def serve(
     experiment: str | None = None,
     /,
     *,
     home: Home,
     flags: ExperimentFlags = ExperimentFlags(),
-    listen: Annotated[
-        str | None, flag(RUNNING, "HOST:PORT. Default: that of the last start, else 127.0.0.1:0.")
-    ] = None,
-    name: Annotated[list[str] | None, flag(RUNNING, "A host name of this server for its certificate.")] = None,
+    place: PlaceFlags = PlaceFlags(),
+    identity: IdentityFlags = IdentityFlags(),
     schema: Annotated[str | None, flag(RUNNING, "An input.json, if this server has no rows. Not with --data.")] = None,
     min_clients: Annotated[int, flag(RUNNING, "Clients that an open run waits for. Default: 2.")] = 2,
     drain: Annotated[float, flag(RUNNING, "Seconds in which clients may leave at the end. Default: 30.")] = 30.0,
@@ -57,6 +84,8 @@ def serve(
     from atoll.net.spec import Server, check_extra
 
     check_extra()
+    from atoll.net.identity import Files
+
     net, address, own = _split(flags)
     if schema is not None and getattr(own, "data", None) is not None:
         raise UsageError(
@@ -66,15 +95,16 @@ def serve(
             Line(shell=f"--input {schema}"),
         )
     given = schema is not None or experiment is not None or any(value is not None for value in vars(own).values())
-    _refuse_wildcard(listen)
+    _refuse_wildcard(place.listen)
     spec = Server(
         home,
-        listen,
-        tuple(name or ()),
+        place.listen,
+        tuple(place.name or ()),
         min_clients=min_clients,
         schema=schema,
         window=_size(window),
         drain=drain,
+        files=Files.read(identity.cert, identity.key, identity.ca),
         **_net_settings(net),
     )
     from atoll.training.serve import serve_run
@@ -234,8 +264,8 @@ def join_command(
     seat: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
         help="Rehearsal: hold this client's part of the run's split of a known data set.")] = False,
     device: Annotated[str, flag(RUNNING, "cpu, cuda, cuda:1 or auto. Default: cpu.")] = "cpu",
-    model_as: Annotated[list[str] | None, flag(RUNNING, "NAME=module:function: the site's own model.")] = None,
-    part: Annotated[list[str] | None, flag(RUNNING, "NAME=module:Class: a part, loss or metric of the site.")] = None,
+    code: CodeFlags = CodeFlags(),
+    identity: IdentityFlags = IdentityFlags(),
     once: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
         help="End with the run.")] = False,
     policy: Annotated[str | None, flag(RUNNING, "A TOML file with the limits of this site. It is never sent.")] = None,
@@ -250,16 +280,18 @@ def join_command(
     token
         The token of `atoll invite`.
     """
-    from atoll.net.join import join_federation
-    from atoll.net.policy import Policy
     from atoll.net.spec import check_extra
 
     check_extra()
+    from atoll.net.identity import Files
+    from atoll.net.join import join_federation
+    from atoll.net.policy import Policy
+
     if token is not None and token[:1] == "-" != token:
         required = "a token, - for a token on stdin, or an option of the command."
         raise UsageError(f"Unknown option: {token}.", required, write="atoll join --help")
     text = sys.stdin.readline().strip() if token == "-" else token
-    own = _mapped([*(model_as or []), *(part or [])])
+    own = _mapped([*(code.model_as or []), *(code.part or [])])
     limits = Policy() if policy is None else Policy.read(Path(policy))
     return join_federation(
         text,
@@ -272,6 +304,7 @@ def join_command(
         once=once,
         policy=limits,
         check=check,
+        files=Files.read(identity.cert, identity.key, identity.ca),
         notify=Printer(as_json),
     )
 

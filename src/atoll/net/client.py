@@ -17,7 +17,7 @@ import ssl
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,8 @@ class Membership:
         federation, name: the federation, and the name of the client in it.
         epoch: the highest epoch of the server that this site has seen.
         rounds: the highest round of each run that this site has computed.
+        token: the hash of the token with which it enrolled, in hexadecimal digits.
+        files: its certificate of an institution; None: the federation has issued its certificate.
     """
 
     home: Path
@@ -61,6 +63,8 @@ class Membership:
     name: str
     epoch: int = 0
     rounds: dict[str, int] = field(default_factory=dict)
+    token: str = ""
+    files: identity.Files | None = None
 
     @classmethod
     def open(cls, home: Path) -> Membership | None:
@@ -68,82 +72,114 @@ class Membership:
         if not (home / "site.json").exists():
             return None
         facts = json.loads((home / "site.json").read_bytes())
-        return cls(home, tuple(facts["addresses"]), facts["federation"], facts["name"], facts["epoch"], facts["rounds"])
+        files = facts.pop("files", None)
+        addresses = tuple(facts.pop("addresses"))
+        return cls(home, addresses, **facts, files=None if files is None else identity.Files(*files))
 
     def save(self) -> None:
         """Write site.json in one step."""
-        facts = {n: getattr(self, n) for n in ("addresses", "federation", "name", "epoch", "rounds")}
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "home"}
         atomic_write(self.home / "site.json", json.dumps(facts, indent=2).encode(), 0o600)
 
     def context(self) -> ssl.SSLContext:
         """The TLS context of the channel, after a check of the dates of the own certificate."""
-        certificate = x509.load_pem_x509_certificate((self.home / "certificate.pem").read_bytes())
-        again = f"atoll invite {self.name}"
+        names = ("certificate.pem", "key.pem", "ca.pem")
+        files = [self.home / name for name in names] if self.files is None else [Path(file) for file in self.files]
+        certificate = x509.load_pem_x509_certificate(files[0].read_bytes())
+        again = f"atoll invite {self.name}" if self.files is None else ""
         identity.check_dates(certificate, datetime.now(UTC), again)
-        return identity.client_context(self.home / "certificate.pem", self.home / "key.pem", self.home / "ca.pem")
+        return identity.client_context(*files)
 
     def renewal_due(self) -> bool:
-        """Whether two thirds of the lifetime of the certificate have passed."""
+        """Whether two thirds of the lifetime of a certificate of the federation have passed."""
+        if self.files is not None:
+            return False
         certificate = x509.load_pem_x509_certificate((self.home / "certificate.pem").read_bytes())
         return identity.renewal_due(certificate, datetime.now(UTC))
 
 
-async def enrol(token: identity.Token, home: Path, notify: Notify) -> Membership:
+async def enrol(token: identity.Token, home: Path, notify: Notify, files: identity.Files | None = None) -> Membership:
     """Exchange a token for a certificate. If the server cannot be reached, the client tries again without end.
 
+    Args:
+        token: the token.
+        home: the folder of the site.
+        notify: receives the events of the client.
+        files: a certificate of an institution. Then the token only registers the identity key of the site.
     Raises:
         UsageError: the server refuses the token.
         RunError: another certificate authority answers.
     """
     if time.time() >= token.expires:
         raise UsageError("The token has expired.", "a token that is valid now.", write=f"atoll invite {token.name}")
-    if not (home / "key.pem").exists():
-        identity.write_key(home / "key.pem", identity.new_key())
-    request = identity.request_pem(identity.read_key(home / "key.pem"))
+    if files is not None:
+        request = identity.certificate_pem(x509.load_pem_x509_certificate(Path(files.certificate).read_bytes()))
+    else:
+        if not (home / "key.pem").exists():
+            identity.write_key(home / "key.pem", identity.new_key())
+        request = identity.request_pem(identity.read_key(home / "key.pem"))
     tries = Tries()
     while True:
         for address in token.addresses:
             try:
-                return await _enrol_at(address, token, home, request)
+                return await _enrol_at(address, token, home, request, files)
+            except aiohttp.ClientConnectorCertificateError as error:
+                raise _foreign(address, error) from error
             except (aiohttp.ClientConnectionError, TimeoutError, OSError) as error:
                 notify({"event": "waiting", "address": address, "reason": _reason(error)})
         await pause(tries.next())
 
 
-async def _enrol_at(address: str, token: identity.Token, home: Path, request: bytes) -> Membership:
+async def _enrol_at(
+    address: str, token: identity.Token, home: Path, request: bytes, files: identity.Files | None
+) -> Membership:
     """Fetch the authority, compare its hash, and send the secret with the certificate request."""
-    fetch = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    fetch.check_hostname, fetch.verify_mode = False, ssl.CERT_NONE  # the hash in the token decides
-    limits = aiohttp.ClientTimeout(total=30)
-    async with aiohttp.ClientSession(timeout=limits, trust_env=True) as session:
-        async with session.get(f"https://{address}/v1/ca", ssl=fetch) as answer:
-            pem = await _body(answer, 1 << 16)
-        identity.check_authority(pem, token.authority)
-        atomic_write(home / "ca.pem", pem)
-        context = identity.client_context(None, None, home / "ca.pem")
-        own, secret = identity.own_identity(home / "identity.pem"), identity.secret_hash(token.secret)
-        fields = {
-            "name": token.name,
-            "secret": token.secret.hex(),
-            "request": request.decode(),
-            "identity": own.public_key().public_bytes_raw().hex(),
-            "proof": identity.prove_identity(own, token.federation, token.name, secret, request).hex(),
-        }
+    own, secret = identity.own_identity(home / "identity.pem"), identity.secret_hash(token.secret)
+    fields = {
+        "name": token.name,
+        "secret": token.secret.hex(),
+        "request": request.decode(),
+        "identity": own.public_key().public_bytes_raw().hex(),
+        "proof": identity.prove_identity(own, token.federation, token.name, secret, request).hex(),
+    }
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30), trust_env=True) as session:
+        if files is None:
+            await _fetch_authority(session, address, token, home)
+            context = identity.client_context(None, None, home / "ca.pem")
+        else:
+            context = identity.client_context(*map(Path, files))
         async with session.post(f"https://{address}/v1/enrol", ssl=context, json=fields) as answer:
             body = await _body(answer, 1 << 16)
             if answer.status != 200:
-                facts = _json(body)
-                raise UsageError(
-                    str(facts.get("given", f"The server answered {answer.status}.")),
-                    str(facts.get("required", "a token that is valid.")),
-                    write=str(facts.get("write", "")),
-                )
-    certificate = x509.load_der_x509_certificate(body)
-    atomic_write(home / "certificate.pem", identity.certificate_pem(certificate))
+                raise _denied(answer.status, body)
+    if files is None:
+        certificate = x509.load_der_x509_certificate(body)
+        atomic_write(home / "certificate.pem", identity.certificate_pem(certificate))
     first = (address, *(other for other in token.addresses if other != address))
-    found = Membership(home, first, token.federation, token.name)
+    found = Membership(home, first, token.federation, token.name, token=secret.hex(), files=files)
     found.save()
     return found
+
+
+async def _fetch_authority(session: aiohttp.ClientSession, address: str, token: identity.Token, home: Path) -> None:
+    """Write the authority of a federation, if it is that of the token."""
+    fetch = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    fetch.check_hostname, fetch.verify_mode = False, ssl.CERT_NONE  # the hash in the token decides
+    async with session.get(f"https://{address}/v1/ca", ssl=fetch) as answer:
+        pem = await _body(answer, 1 << 16)
+        if answer.status == 403:
+            raise _denied(answer.status, pem)
+    identity.check_authority(pem, token.authority)
+    atomic_write(home / "ca.pem", pem)
+
+
+def _denied(status: int, body: bytes) -> UsageError:
+    facts = _json(body)
+    return UsageError(
+        str(facts.get("given", f"The server answered {status}.")),
+        str(facts.get("required", "a token that is valid.")),
+        write=str(facts.get("write", "")),
+    )
 
 
 def _json(body: bytes) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from atoll.net import wire
 from atoll.net.client import own_versions
 from atoll.net.coordinator import Coordinator, Limits
 from atoll.net.home import ServerHome
+from atoll.net.identity import Files
 from atoll.net.loop import ended_at_exit
 from atoll.net.rounds import storable
 from atoll.net.secure import SumOutcome, SumRound, agreement_of
@@ -164,7 +165,8 @@ class ServerEngine(Engine):
         absent = spec.absent_s if spec.absent_s is not None or not open_run else 0.0
         limits = Limits(lease_s=spec.lease_s, absent_s=absent, window=spec.window, max_rows=spec.max_rows)
         coordinator = Coordinator(epoch, database.federation, own_versions(), limits)
-        self._net = Listener(self.home.path, database, self.home.authority, coordinator, spec.hosts)
+        files = Files.read(*spec.files) if spec.files is not None else None
+        self._net = Listener(self.home.path, database, self.home.authority, coordinator, spec.hosts, files)
         self._net.awaited = lambda: self.awaited
         self._net.step = lambda: "" if self._sums is None else self._sums.step
         host, port = self.home.listen_address(spec.listen)

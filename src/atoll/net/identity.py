@@ -25,10 +25,10 @@ import secrets
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
 
 import msgspec
 from cryptography import x509
@@ -609,6 +609,43 @@ def secret_hash(secret: bytes) -> bytes:
 
 
 # 4. TLS
+
+
+class Files(NamedTuple):
+    """The files of an identity: its certificate with the chain, its key, and the authority of the other side."""
+
+    certificate: str
+    key: str
+    authority: str
+
+    @classmethod
+    def read(cls, certificate: str | Path | None, key: str | Path | None, authority: str | Path | None) -> Files | None:
+        """The files of `--cert`, `--key` and `--ca`; None without them.
+
+        Raises:
+            UsageError: one of them is missing or has another content, or the certificate is not valid now.
+        """
+        given = (certificate, key, authority)
+        if all(file is None for file in given):
+            return None
+        if None in given:
+            raise UsageError(
+                "Some of --cert, --key and --ca.",
+                "all three, or none.",
+                "an identity of an institution has a certificate, its key, and the authority of the other side.",
+                Line(shell="--cert site.pem --key site.key --ca ca.pem"),
+            )
+        it = cls(*(str(Path(str(file)).resolve()) for file in given))
+        try:
+            found = x509.load_pem_x509_certificate(Path(it.certificate).read_bytes())
+            client_context(Path(it.certificate), Path(it.key), Path(it.authority))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"The files {', '.join(it)} give no identity: {error}.",
+                "PEM files of a certificate, of its key without a password, and of the authority.",
+            ) from None
+        check_dates(found, datetime.now(UTC))
+        return it
 
 
 def server_context(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:

@@ -52,6 +52,7 @@ def join_federation(
     once: bool = False,
     policy: Policy = Policy(),
     check: bool = False,
+    files: identity.Files | None = None,
     notify: Notify = lambda facts: None,
 ) -> int:
     """Take part in a federation until the run is over.
@@ -67,6 +68,7 @@ def join_federation(
         once: whether to end with the run.
         policy: the limits of the site.
         check: whether to try everything and send no message of a work.
+        files: a certificate of an institution, its key and the authority of the server; None: the token gets one.
         notify: receives the events of the client.
     Returns:
         The exit code: 0 the run is done, 1 it failed, 2 the server refuses this client.
@@ -78,7 +80,7 @@ def join_federation(
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = claim_home(home)
     try:
-        return _run(_join(token, home, loader, device, own or {}, once, notify, policy, check))
+        return _run(_join(token, home, loader, device, own or {}, once, notify, policy, check, files))
     finally:
         lock.close()
 
@@ -103,6 +105,7 @@ async def _join(
     notify: Notify,
     policy: Policy,
     check: bool,
+    files: identity.Files | None,
 ) -> int:
     task = required(asyncio.current_task(), "task")
     signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
@@ -110,7 +113,7 @@ async def _join(
     for number in signals:
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
-        member = await _member(token, home, notify)
+        member = await _member(token, home, notify, files)
         site = Site(home, load, own, resolve_device(device), policy)
         ended = await Client(member, site, notify, once, check).run()
     except asyncio.CancelledError:
@@ -133,19 +136,17 @@ def _exit_code(ended: Ended, member: Membership) -> int:
     raise UsageError(f"The server refuses this client: {ended.code}. {ended.reason}", write=write)
 
 
-async def _member(token: str | None, home: Path, notify: Notify) -> Membership:
-    """The membership of the home. A token enrols a new home, or renews the identity of the same client."""
+async def _member(token: str | None, home: Path, notify: Notify, files: identity.Files | None) -> Membership:
+    """The membership of the home. A token enrols a new home; a further token renews the identity of the same client."""
     member = Membership.open(home)
-    if token is None:
-        if member is None:
-            raise UsageError(
-                f"The home {home} is not enrolled.",
-                "the token of `atoll invite`, the first time.",
-                write=f"atoll join - --home {home} --data digits",
-            )
-        return member
-    found = identity.Token.read(token)
-    if member is not None:
+    if token is None and member is None:
+        raise UsageError(
+            f"The home {home} is not enrolled.",
+            "the token of `atoll invite`, the first time.",
+            write=f"atoll join - --home {home} --data digits",
+        )
+    found = None if token is None else identity.Token.read(token)
+    if member is not None and found is not None:
         if (member.federation, member.name) != (found.federation, found.name):
             raise UsageError(
                 f"The home {home} belongs to {member.name!r} of {member.federation!r}, and the token to "
@@ -153,8 +154,19 @@ async def _member(token: str | None, home: Path, notify: Notify) -> Membership:
                 "a home of its own for each client.",
                 write=f"atoll join - --home {found.name} --data digits",
             )
+        if member.token == identity.secret_hash(found.secret).hex():
+            found = None  # a script may pass the token at each start
+    if member is not None and found is None:
+        if files is not None and files != member.files:
+            member.files = files
+            member.save()
         return member
-    return await enrol(found, home, notify)
+    renewed = await enrol(required(found, "token"), home, notify, files)
+    if member is not None:
+        renewed.epoch, renewed.rounds = member.epoch, member.rounds
+        renewed.save()
+        MemoryChain.open(home).begin("")  # the server begins a new memory for a new token
+    return renewed
 
 
 def _seated(data: str) -> Loader:

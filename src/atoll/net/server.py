@@ -52,6 +52,11 @@ BODY_S = 10.0  # in which the body of an enrolment arrives, and at least `FLOOR`
 FLOOR = 10 << 10
 ROTATED_S = 86400.0  # between two certificates of a running server
 HASH_APART = 1 << 20  # a longer message is hashed in another thread, so that the loop goes on
+_INSTITUTION = (
+    "The server has certificates of an institution, and knows no client by this one.",
+    "a certificate whose alternative name `atoll invite NAME --san VALUE` has recorded.",
+    "atoll join - --home DIR --data DATA --cert site.pem --key site.key --ca ca.pem",
+)
 _LOOP = (events.Send, events.Close, events.Grant, events.Finish, events.Discard)
 
 
@@ -85,6 +90,7 @@ class Listener:
         authority: its certificate authority.
         coordinator: the state machine.
         hosts: further host names and addresses in its certificate.
+        files: the certificate of an institution, which replaces the authority.
     """
 
     def __init__(
@@ -94,7 +100,9 @@ class Listener:
         authority: identity.Authority,
         coordinator: Coordinator,
         hosts: tuple[str, ...] = (),
+        files: identity.Files | None = None,
     ) -> None:
+        self.files = files
         self.home, self.store, self.authority, self.coordinator, self.hosts = home, store, authority, coordinator, hosts
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.address = ""
@@ -249,7 +257,7 @@ class Listener:
         await runner.setup()
         listening: asyncio.Server | None = None
         try:
-            self._rotate = self._rotation(host)
+            self._rotate = self._rotation(host) if self.files is None else self._reloading(self.files)
             listening = await self._loop.create_server(
                 required(runner.server, "HTTP server"),
                 host,
@@ -297,6 +305,18 @@ class Listener:
             return contexts[0]
 
         return rotate
+
+    def _reloading(self, files: identity.Files) -> Callable[[], ssl.SSLContext]:
+        """As `_rotation`, with the files of an institution, which may be replaced while the server runs."""
+        context = identity.server_context(*map(Path, files))
+
+        def reload() -> ssl.SSLContext:
+            self._rotated = time.monotonic()
+            with contextlib.suppress(OSError):  # the former certificate stays until both files are there
+                context.load_cert_chain(files.certificate, files.key)
+            return context
+
+        return reload
 
     @web.middleware
     async def _first_request(self, request: web.Request, handler: Any) -> web.StreamResponse:
@@ -528,6 +548,8 @@ class Listener:
         return web.Response(text="ok")
 
     async def _ca(self, request: web.Request) -> web.Response:
+        if self.files is not None:
+            return _refused(403, *_INSTITUTION)
         return web.Response(body=identity.certificate_pem(self.authority.certificate))
 
     async def _enrol(self, request: web.Request) -> web.Response:
@@ -550,7 +572,12 @@ class Listener:
         except (ValueError, KeyError, TypeError):
             tries.append(now)
             return _refused(400, "The request cannot be read.", "name, secret, request, identity and proof.")
-        work = self._issue(name, pem, secret, key)
+        if self.files is not None and self._named(request) != name:
+            tries.append(now)
+            return _refused(403, *_INSTITUTION)
+        work = (
+            self._issue(name, pem, secret, key) if self.files is None else self._bind(request, name, secret, pem, key)
+        )
         try:
             identity.check_identity(proof, key, self.store.federation, name, secret, pem)
             certificate = await asyncio.get_running_loop().run_in_executor(None, work)
@@ -565,6 +592,18 @@ class Listener:
             return der, identity.peer_of(der)
 
         return lambda: self.store.enrol(name, secret, pem, int(time.time()), signed, key).certificate
+
+    def _named(self, request: web.Request) -> str | None:
+        """The name of the client with the certificate of this connection; None if there is none."""
+        with contextlib.suppress(web.HTTPException):
+            return self._peer(request)[0].name
+        return None
+
+    def _bind(self, request: web.Request, name: str, secret: bytes, pem: bytes, key: bytes) -> Callable[[], bytes]:
+        """Use a token for a client that has a certificate of its institution: it registers the identity key."""
+        _, peer = self._peer(request)
+        der = required(request.transport, "connection").get_extra_info("ssl_object").getpeercert(binary_form=True)
+        return lambda: self.store.enrol(name, secret, pem, int(time.time()), lambda: (der, peer), key).certificate
 
     async def _renew(self, request: web.Request) -> web.Response:
         client, peer = self._peer(request)

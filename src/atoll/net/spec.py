@@ -42,6 +42,7 @@ class Server(grammar.Value, EngineSpec):
         seed: the seed of that split, and of the held-out rows of a site.
         held_out, min_rows: the fraction of held-out rows of the split and of a site, and the smallest number of train
             rows of a client.
+        files: the paths of a certificate, its key and the authority of the clients, if an institution has its own.
         scaled: whether the sites scale their rows by the statistics of the input; false while these are gathered.
         schema: the path of an `input.json`, if the server has no rows; None: the server's data gives the input.
     Raises:
@@ -70,6 +71,7 @@ class Server(grammar.Value, EngineSpec):
     min_rows: int = 2
     schema: str | None = None
     scaled: bool = True
+    files: tuple[str, str, str] | None = None
 
     def __post_init__(self) -> None:
         low = {"clients": 1, "min_clients": 1, "max_rows": 1, "window": 1 << 16, "absent_s": 0, "drain": 0}

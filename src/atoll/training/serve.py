@@ -384,6 +384,9 @@ def serve(
     absent_s: float | None = None,
     drain: float = 30.0,
     share: bool = True,
+    cert: str | Path | None = None,
+    key: str | Path | None = None,
+    ca: str | Path | None = None,
     checkpoint_s: float = 15.0,
     report: bool = True,
     notify: Notify = lambda facts: None,
@@ -408,6 +411,7 @@ def serve(
         absent_s: the seconds after which the work of an absent client fails; None: by the kind of run.
         drain: the seconds in which the clients may leave at the end.
         share: whether the clients receive the final model.
+        cert, key, ca: PEM files of a certificate of an institution, its key, and the authority of the clients.
         checkpoint_s: the number of seconds between two checkpoints.
         report: whether plots and report.html are drawn at the end.
         notify: receives the events of the server as dicts, such as `{"event": "present", "client": 0, "rows": 30}`.
@@ -426,7 +430,10 @@ def serve(
         'atoll1.'
     """
     check_extra()
+    from atoll.net.identity import Files
+
     own: dict[str, Any] = {
+        "files": Files.read(cert, key, ca),
         "listen": listen,
         "hosts": tuple(hosts),
         "clients": clients,
@@ -441,7 +448,7 @@ def serve(
     plan = plan_from_text(plan) if isinstance(plan, str) else plan
     open_run = unfinished(Path(home))
     if open_run is not None:
-        spec = replace(spec, **{n: v for n, v in open_run[1].items() if n in _OWN - {"schema"}})
+        spec = _kept(spec, {n: v for n, v in open_run[1].items() if n != "schema"})
     made = Settings.from_kwargs({**settings, "engine": spec})
     schema = Schema.of_input(data) if isinstance(data, Input) else Schema.of(data)
     scales = None
@@ -466,6 +473,9 @@ def join(
     once: bool = True,
     policy: str | Path | None = None,
     check: bool = False,
+    cert: str | Path | None = None,
+    key: str | Path | None = None,
+    ca: str | Path | None = None,
     notify: Notify = lambda facts: None,
 ) -> None:
     """Take part in a federation with rows of this machine, until the run is over.
@@ -482,18 +492,20 @@ def join(
         once: whether to end with the run; False waits for further runs.
         policy: the path of a policy file; None: everything is allowed.
         check: whether to try everything and send no message of a work.
+        cert, key, ca: PEM files of a certificate of an institution, its key, and the authority of the server.
         notify: receives the events of the client as dicts.
     Raises:
         UsageError: the home, the token or the data is not valid, or the server refuses this client.
         RunError: the run failed, or another certificate authority answers.
     """
     check_extra()
+    from atoll.net.identity import Files
     from atoll.net.join import join_federation
     from atoll.net.policy import Policy
 
-    limits = Policy() if policy is None else Policy.read(Path(policy))
+    limits, files = Policy() if policy is None else Policy.read(Path(policy)), Files.read(cert, key, ca)
     options: dict[str, Any] = dict(
-        seat=seat, by=by, device=device, own=own, once=once, policy=limits, check=check, notify=notify
+        seat=seat, by=by, device=device, own=own, once=once, policy=limits, check=check, files=files, notify=notify
     )
     join_federation(token, Path(home), data, **options)
 
@@ -595,13 +607,20 @@ def _chosen(
             "a federation trains runs one after the other, and a changed run would have the bits of neither.",
             f"atoll serve --home {home}",
         )
-    return stored, replace(spec, **kept)
+    return stored, _kept(spec, kept)
+
+
+def _kept(spec: Server, stored: Mapping[str, Any]) -> Server:
+    """The settings of the server with which a run began. Its files may move."""
+    return replace(
+        spec, **{**{n: v for n, v in stored.items() if n in _OWN}, "files": spec.files or stored.get("files")}
+    )
 
 
 def _next(home: Path, spec: Server, trust: bool) -> tuple[Experiment, Server]:
     """The experiment for which the server gathered statistics when it ended."""
     net = json.loads(_stored(home, "net")[0] or "{}")
-    return Experiment.read(home / _NEXT, trust=trust), replace(spec, **{n: v for n, v in net.items() if n in _OWN})
+    return Experiment.read(home / _NEXT, trust=trust), _kept(spec, net)
 
 
 def _resolved(it: Experiment, spec: Server) -> Experiment:
