@@ -6,11 +6,14 @@ hypothesis takes the same examples on every machine, and has no deadline, since 
 it to search for bugs, not in CI.
 """
 
+import copy
 import gc
 import os
 import sys
 
 import pytest
+from cyclopts import App
+from cyclopts.argument import ArgumentCollection
 from hypothesis import HealthCheck, settings
 
 from atoll.base.errors import AtollError
@@ -40,6 +43,31 @@ def known_secrets():
 def pytest_collection_finish():
     """Modules and collected tests live until the end, so the garbage collector does not visit them again."""
     gc.freeze()
+
+
+def remembered(assemble):
+    """`App.assemble_argument_collection`, which reads the signature of each command once.
+
+    It takes most of the time of a short command. A command changes the arguments, so that each gets a copy.
+    """
+    known = {}
+
+    def assembled(app, *, default_parameter=None, parse_docstring=False):
+        def fresh(argument):
+            if id(argument) not in made:
+                made[id(argument)] = new = copy.copy(argument)
+                new.tokens, new.children = [], ArgumentCollection(map(fresh, argument.children))
+            return made[id(argument)]
+
+        key, made = (app.default_command, app.app_stack.default_parameter, default_parameter, parse_docstring), {}
+        if key not in known:
+            known[key] = assemble(app, default_parameter=default_parameter, parse_docstring=parse_docstring)
+        return ArgumentCollection(map(fresh, known[key]))
+
+    return assembled
+
+
+App.assemble_argument_collection = remembered(App.assemble_argument_collection)
 
 
 class Lines:

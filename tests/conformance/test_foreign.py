@@ -129,6 +129,7 @@ def test_workers_change_no_bit(name, found):
     assert cases.fingerprints(cases.plan_of(name), engine="Processes(workers=2)") == found[name]
 
 
+@pytest.mark.slow
 def test_ranks_change_no_bit(found, tmp_path):
     """Two members of a process group, as torchrun starts them, but of one process that imported torch for both."""
     path = os.pathsep.join([str(Path(atoll.__file__).parents[1]), str(FOLDER.parents[1]), str(FOLDER)])

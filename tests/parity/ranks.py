@@ -87,9 +87,13 @@ def cases():
     yield "chunk", plain, "fused", plans()["fedavg"], {"chunk": 2}
 
 
+# Cases whose parts are in other quick cases too.
+SIMILAR = {"sgd", "distributed_gd", "distributed_gd of a batch", "fedavg", "fedavgm", "fedyogi", "fedadagrad"}
+
+
 def quick():
-    """The cases that do not import torch.func."""
-    return [case for case in cases() if case[2] != "lanes"]
+    """The cases that do not import torch.func, without the similar ones."""
+    return [case for case in cases() if case[2] != "lanes" and case[0] not in SIMILAR]
 
 
 def clients():
