@@ -91,6 +91,18 @@ def test_torch_is_not_imported_for_a_quick_answer(words):
         assert done.stdout.splitlines()[0] == importlib.metadata.version("atoll")
 
 
+def test_lists_and_refusals_import_no_large_module(tmp_path):
+    """Commands that list runs or refuse a setting take .2 s: they load neither torch nor a parser nor OpenSSL."""
+    commands = [["runs"], *(["run", *words] for words in (["--data", "no.csv"], ["--recipe", "no"]))]
+    commands.append(["run", "--engine", "torchrun"])
+    code = f"import sys; from atoll.cli import main; print([main(w) for w in {commands!r}], sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    codes, _, modules = done.stdout.splitlines()[-1].partition("] ")
+    loaded = {name.partition(".")[0] for name in ast.literal_eval(modules)}
+    assert codes == "[0, 2, 2, 2"
+    assert not loaded & {"torch", "numpy", "msgspec", "safetensors", "hashlib", "tempfile", "subprocess", "rich"}
+
+
 def test_rounds_import_nothing_heavy(tmp_path):
     """A run imports neither torch's compiler nor sympy, and no library for plots or data sets."""
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 5), np.float32))

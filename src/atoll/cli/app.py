@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -54,7 +55,11 @@ app = App(
     group_commands=HELP,
     suppress_keyboard_interrupt=False,
 )
-app.register_install_completion_command(help="Make the shell complete atoll's commands and flags.")
+app.command(
+    "atoll.cli.completion:install",
+    name="--install-completion",
+    help="Make the shell complete atoll's commands and flags.",
+)
 for name, help in (
     ("serve", "Serve a run to clients on other machines. Without settings: continue the unfinished run of the home."),
     ("invite", "Print a token for each client, one a line."),
@@ -89,7 +94,19 @@ for order, (name, epilogue, help) in enumerate(
     app.command(where, name=name, group=TRAIN, sort_key=(0, 2, 2, 2)[order], help=help, help_epilogue=epilogue)
 
 
-@app.command(group=TRAIN, sort_key=1, help_epilogue="")
+def command(group: Group, order: int, name: str | None = None) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Register a command of this module by name: cyclopts reads its signature only if it is called."""
+
+    def register(function: Callable[..., int]) -> Callable[..., int]:
+        text = cleandoc(function.__doc__ or "").partition("\n\nParameters\n")[0]
+        path = f"{__name__}:{function.__name__}"
+        app.command(path, name=name or function.__name__, group=group, sort_key=order, help=text, help_epilogue="")
+        return function
+
+    return register
+
+
+@command(TRAIN, 1)
 def resume(
     run: str,
     /,
@@ -122,7 +139,7 @@ def resume(
     return run_training(it, Look(as_json, quiet), resume=path, any_version=any_version)
 
 
-@app.command(group=INSPECT, sort_key=3, help_epilogue="")
+@command(INSPECT, 3)
 def runs(*, out: Out = None, as_json: Json = False) -> int:
     """List the runs, oldest first."""
     from atoll import runs as folders
@@ -137,7 +154,7 @@ def runs(*, out: Out = None, as_json: Json = False) -> int:
     return 0
 
 
-@app.command(group=INSPECT, sort_key=4, help_epilogue="")
+@command(INSPECT, 4)
 def show(
     run: str,
     /,
@@ -182,7 +199,7 @@ def show(
     return 0
 
 
-@app.command(group=INSPECT, sort_key=4, help_epilogue="")
+@command(INSPECT, 4)
 def ui(
     run: str | None = None,
     /,
@@ -210,7 +227,7 @@ def ui(
     return serve_page(parent, name, host, port, insecure=insecure, browser=not no_open, as_json=as_json)
 
 
-@app.command(name="tag", group=INSPECT, sort_key=4, help_epilogue="")
+@command(INSPECT, 4, "tag")
 def tag_run(
     run: str,
     /,
@@ -242,7 +259,7 @@ def tag_run(
     return 0
 
 
-@app.command(group=INSPECT, sort_key=5, help_epilogue="")
+@command(INSPECT, 5)
 def compare(
     *run: str,
     metric: Annotated[str | None, flag(OUTPUT, "A column of metrics.jsonl. Default: the selection metric.")] = None,
@@ -298,7 +315,7 @@ def compare(
     return 0
 
 
-@app.command(group=INSPECT, sort_key=6, help_epilogue="")
+@command(INSPECT, 6)
 def replay(
     run: str,
     /,
@@ -322,7 +339,7 @@ def replay(
     return 0
 
 
-@app.command(name="predict", group=TRAIN, sort_key=3, help_epilogue="")
+@command(TRAIN, 3, "predict")
 def predict_rows(
     run: str,
     data: Path,
@@ -358,7 +375,7 @@ def predict_rows(
     return predict_file(predictor(path, best=best, trust=trust, client=clients.client), request)
 
 
-@app.command(group=INSPECT, sort_key=7, help_epilogue="")
+@command(INSPECT, 7)
 def export(
     run: str,
     /,
@@ -395,7 +412,7 @@ def export(
     return 0
 
 
-@app.command(group=INSPECT, sort_key=7, help_epilogue="")
+@command(INSPECT, 7)
 def stats(
     data: str,
     /,
@@ -424,7 +441,7 @@ def stats(
     return 0
 
 
-@app.command(name="new", group=TRAIN, sort_key=4, help_epilogue="")
+@command(TRAIN, 4, "new")
 def start_project(
     name: Path,
     /,
@@ -448,7 +465,7 @@ def start_project(
     return 0
 
 
-@app.command(group=HELP, sort_key=8, help_epilogue="")
+@command(HELP, 8)
 def doctor() -> int:
     """Check this machine and this installation, and print a fix for each problem."""
     from atoll.cli import output

@@ -53,7 +53,7 @@ def _with_flags(cls: type[T]) -> type[T]:
     cls.__annotations__ = _flags()
     for name in cls.__annotations__:
         setattr(cls, name, None)
-    made: type[T] = Parameter(name="*")(dataclass(frozen=True)(cls))
+    made: type[T] = Parameter(name="*")(dataclass(repr=False, eq=False)(cls))  # each method takes time to compile
     return made
 
 

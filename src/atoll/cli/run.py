@@ -6,7 +6,6 @@ Tests: tests/surface/test_cli.py
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,6 +91,8 @@ def several(it: Experiment, seeds: int, look: Look) -> int:
 
 def smoke(it: Experiment, look: Look) -> int:
     """Try each stage once in a temporary folder: a round, an evaluation, a checkpoint, resuming from it, the report."""
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="atoll-smoke-") as folder:
         it = it.override(out=folder, evaluate_every=1, rounds=1)
         first = _train(it, look)

@@ -1,7 +1,7 @@
 """The data of a run for reports, read from the files of its folder: rounds, failures, client results, outcome.
 
 A log may be long, truncated or untrusted. Lines that cannot be parsed are skipped. Values that are no numbers count as
-missing. Client results are kept for a bounded number of rounds.
+missing. Client results are kept for a bounded number of rounds. The parser of the lines is imported with the first line.
 
 Tests: tests/surface/test_report.py, tests/surface/test_timeline.py.
 """
@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from atoll import runs
 from atoll.base.names import COUNTS
@@ -232,6 +230,8 @@ def _text(path: Path) -> str:
 
 def _object(text: str | bytes) -> dict[str, Any]:
     """The object of a JSON text; {} for another text. NaN, which strict JSON lacks, takes the slower parser."""
+    import msgspec
+
     try:
         found = msgspec.json.decode(text)
     except (ValueError, RecursionError):

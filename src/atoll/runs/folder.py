@@ -33,7 +33,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -374,7 +373,7 @@ class RunFolder:
             "logs": lengths,
             "facts": dict(facts),
         }
-        write(folder / "pointer.json", _json({**pointer, "sha256": sha256(_json(pointer)).hexdigest()}, indent=2))
+        write(folder / "pointer.json", _json({**pointer, "sha256": _sha256(_json(pointer))}, indent=2))
         self._files, self._alive, self._lengths = files, alive, lengths
         if best is not None:
             write(self.path / "best.safetensors", _packed(best))
@@ -400,7 +399,7 @@ class RunFolder:
     def _put(self, path: Path, tensors: Mapping[str, Tensor]) -> str:
         data = _packed(tensors)
         write(path, data)
-        return sha256(data).hexdigest()
+        return _sha256(data)
 
     def restore(self, *, any_version: bool = False) -> Checkpoint | None:
         """Read the last checkpoint. The folder does not change.
@@ -439,7 +438,7 @@ class RunFolder:
         path = self.path / "checkpoint" / name
         try:
             data = path.read_bytes()
-            if sha256(data).hexdigest() != digest:
+            if _sha256(data) != digest:
                 raise _damaged(path)
             return load(data)
         except (OSError, SafetensorError) as error:
@@ -534,7 +533,7 @@ def read_pointer(path: Path) -> dict[str, Any]:
                 "it was written by another version of atoll.",
                 f"pip install atoll=={pointer['versions'].get('atoll', '')}",
             )
-        if sha256(_json(pointer)).hexdigest() != digest:
+        if _sha256(_json(pointer)) != digest:
             raise ValueError("the digest does not match")
         return dict(pointer)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -656,6 +655,12 @@ def _packed(tensors: Mapping[str, Tensor]) -> bytes:
 
 def _json(value: Any, indent: int | None = None) -> bytes:
     return json.dumps(value, default=_plain, indent=indent, ensure_ascii=False).encode()
+
+
+def _sha256(data: bytes) -> str:
+    from hashlib import sha256  # it loads OpenSSL, and a list of runs needs no digest
+
+    return sha256(data).hexdigest()
 
 
 def _plain(value: Any) -> Any:

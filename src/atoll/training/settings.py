@@ -104,7 +104,7 @@ def is_old_default(key: str, value: Any) -> bool:
     return known is not None and type(value) is type(known.default) and value == known.default
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)  # the classes below have these methods
 class TrainingFields:
     """The settings that `Settings` and `Experiment` share.
 
