@@ -365,6 +365,18 @@ def test_a_long_run_is_worth_native_code():
     assert choose(task, data, PLAN, "fused", rounds=10_000).task.numerics == "fused"
 
 
+@needs_native
+def test_many_lengths_of_small_clients_are_worth_native_code():
+    """Fused layers make a pass for each padded length, whose Python code takes longer than its arithmetic."""
+    plan = Plan(Gradient(), Mean(), sgd(0.1))
+    task = Task.of(nn.Sequential(nn.Linear(3, 1)), "mse", dtype=torch.float64)
+    many, alike = (regression(sizes, 3) for sizes in (range(5, 35), [20] * 30))
+    assert choose(task, many, plan, rounds=50).task.numerics == "fused"
+    assert choose(task, many, plan, rounds=400).task.numerics == "compiled"
+    assert choose(task, alike, plan, rounds=400).task.numerics == "fused"
+    assert choose(task, many, PLAN, rounds=400).task.numerics == "fused"  # batches of one length
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """No library is built yet, and no compiler is cached."""

@@ -134,6 +134,11 @@ JOINT_REDUCTION = 1 << 14
 # these take about as long as the build, 2 to 3 s. Case: benchmarks/frameworks.py, mlp (decisions/0012). Machine: EPYC.
 BUILD_PRODUCTS = 2e10
 
+# Multiplications that take as long as the Python code of one pass of fused layers, .6 ms of CPU. A gradient over all
+# rows has a pass for each padded length of its clients; native code has one for all. Case: 139 clients of 5 to 119 rows,
+# 28 features, float64, `distributed_gd` with `linear`: 31 passes. Machine: EPYC, one thread.
+PASS_PRODUCTS = 5e6
+
 # Parameters from which `auto` takes the loop instead of lanes for plain local training: a kernel then takes longer than
 # its launch, and lanes only move more memory. Case: the table of decisions/0013, one thread, batch 10; between 47,710
 # and 159,010 parameters of an mlp. Machine: not recorded.

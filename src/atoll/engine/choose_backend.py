@@ -238,13 +238,18 @@ def _by_hand(task: Task, data: Clients, plan: Plan, rows: int, rounds: int) -> C
 
 
 def _products(task: Task, data: Clients, plan: Plan) -> float:
-    """The number of multiplications in the first round, an estimate for every round."""
+    """The work of fused layers in the first round, in multiplications: an estimate for every round.
+
+    The Python code of a pass counts as multiplications. A local part that takes clients of several padded lengths
+    together has a pass for each length.
+    """
     try:
         each = products(task.program, data.features)
     except UnsupportedModel:
         return 0.0
     sizes = data.sizes[select(plan.sampler, Population(data.count, data.sizes), 0, Key(0)).ids]
-    return each * float(plan.local.examples_per_round(sizes).sum())
+    lengths = set(map(plan.local.padded_batch, sizes.unique().tolist())) if plan.local.mixes_widths else ()
+    return each * float(plan.local.examples_per_round(sizes).sum()) + len(lengths) * limits.PASS_PRODUCTS
 
 
 _REQUIRED = {
