@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 import atoll
 from atoll import recipes
-from atoll.base.random import GeneratorWatch, generator_states
+from atoll.base.random import GeneratorWatch, Key, generator_states, global_scope, mixed
+from atoll.data.rows import DatasetRows
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom, Train
 from atoll.plan.optimizer import sgd
@@ -126,6 +127,19 @@ def test_a_row_draws_again_in_each_pass_and_round_and_equally_when_it_is_read_fo
     assert torch.equal(data.take(data.order[:4])[0], data.take(data.order[:4])[0])
     other = atoll.data.dataset(Augmented()).split(3, seed=1)
     assert not torch.equal(data.rows.take(torch.arange(4))[0], other.rows.take(torch.arange(4))[0])
+
+
+def test_a_row_has_the_bits_of_generators_that_are_seeded_with_its_word():
+    data, word, rows = Augmented(), Key(7).fold("rows").word(), [3, 0, 3, 21]
+    x, y = DatasetRows(data).keyed(word).take(torch.tensor(rows))
+    with global_scope(Key(0)):
+        for row, ours in zip(rows, x, strict=True):
+            own = mixed(word, row)
+            torch.manual_seed(own >> 1), np.random.seed(own % 2**32), random.seed(own)
+            assert torch.equal(data[row][0], ours)
+    assert y.tolist() == [0, 0, 0, 0] and y.dtype == torch.int64
+    y += 1  # changes no later reading
+    assert DatasetRows(data).take(torch.tensor(rows))[1].tolist() == [0, 0, 0, 0]
 
 
 def test_a_draw_that_was_missed_is_an_error_that_names_the_setting():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from math import prod
 
@@ -36,6 +36,7 @@ _TOGETHER = 16  # steps whose rows are read in one scope, if rows draw
 ROWS = 1024  # maximum rows of one client in one pass: bounds the memory of activations
 
 
+@lru_cache(4096)
 def padded(rows: int) -> int:
     """The padded width of a batch of `rows` rows: the next multiple of a grain, 1/16 to 1/8 of `rows`.
 

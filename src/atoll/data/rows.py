@@ -14,7 +14,7 @@ import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -230,19 +230,22 @@ def pair(item: Any, row: int) -> tuple[Tensor | PackedRows, Tensor]:
             "training compares the model's output for x with y.",
         )
     x, y = item
-    kinds = ", ".join(type(part).__name__ for part in item)
+    if isinstance(x, Tensor):
+        return _tensor(x, row, item), _tensor(y, row, item)
     if not isinstance(x, Mapping):
         check_tuple(x, f"x of row {row} of the dataset", 1)
-        return _tensor(x, row, kinds), _tensor(y, row, kinds)
+        return _tensor(x, row, item), _tensor(y, row, item)
     check_names(x, f"x of row {row} of the dataset")
-    tensors = {name: _tensor(part, row, kinds) for name, part in x.items()}
+    tensors = {name: _tensor(part, row, item) for name, part in x.items()}
     for name, tensor in tensors.items():
         _checked(as_stored(tensor)[None], torch.tensor([row]), f"values of {name!r}")
-    return pack_fields(tensors, 0), _tensor(y, row, kinds)
+    return pack_fields(tensors, 0), _tensor(y, row, item)
 
 
-def _tensor(part: Any, row: int, kinds: str) -> Tensor:
-    """A value of an item of a Dataset as a tensor."""
+def _tensor(part: Any, row: int, item: Sequence[Any]) -> Tensor:
+    """A value of an item of a Dataset as a tensor. The caller must not change it in place."""
+    if type(part) is int and abs(part) < 1 << 63:
+        return _whole(part)
     if isinstance(part, np.ma.MaskedArray) and part.mask.any():
         raise UsageError(
             f"Row {row} of the dataset has a masked value.",
@@ -252,6 +255,7 @@ def _tensor(part: Any, row: int, kinds: str) -> Tensor:
     try:
         tensor = part if isinstance(part, Tensor) else torch.as_tensor(np.asarray(part))
     except (TypeError, ValueError) as error:
+        kinds = ", ".join(type(each).__name__ for each in item)
         raise UsageError(
             f"Row {row} of the dataset is ({kinds}).", "tensors, arrays or numbers.", str(error)
         ) from error
@@ -261,7 +265,13 @@ def _tensor(part: Any, row: int, kinds: str) -> Tensor:
             "dense tensors of real numbers, with values.",
             "rows are stacked into batches.",
         )
-    return tensor.detach()
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+@lru_cache(1024)
+def _whole(number: int) -> Tensor:
+    """A whole number as a tensor. It is kept, since a data set has few labels and torch takes 10 µs to make one."""
+    return torch.tensor(number, device="cpu")
 
 
 def _check_like_first(part: Tensor | PackedRows, first: Tensor | PackedRows, row: int) -> None:
@@ -335,9 +345,9 @@ class DatasetRows:
         """The scope of some readings: generators are restored at its end if rows draw."""
         return user_scope(Key(0)) if self.draws and not self.inside else contextlib.nullcontext()
 
-    def _item(self, row: int) -> tuple[Tensor | PackedRows, Tensor]:
-        """Read one row inside `_scope`, with its own draws."""
-        if self.draws:
+    def _item(self, row: int, draws: bool) -> tuple[Tensor | PackedRows, Tensor]:
+        """Read one row inside `_scope`, with its own draws if rows draw."""
+        if draws:
             reseed(mixed(self.word, row))
         return self._read(row)
 
@@ -371,9 +381,10 @@ class DatasetRows:
         xs: list[Tensor] = []
         ys: list[Tensor] = []
         like: tuple[Tensor | PackedRows, Tensor] | None = None
+        draws = self.draws
         with self._scope():
             for row in flat.tolist():
-                item = self._item(row)
+                item = self._item(row, draws)
                 like = like or self._like(item)
                 for part, first, parts in zip(item, like, (xs, ys), strict=True):
                     _check_like_first(part, first, row)
@@ -437,7 +448,7 @@ class DatasetRows:
         return None
 
     def _target(self, row: int) -> Tensor:
-        return answers(self._item(row)[1], self.real)
+        return answers(self._item(row, self.draws)[1], self.real)
 
     def _check_unchanged(self, y: Tensor, index: Tensor) -> None:
         """Compare labels with those that the split has used, if they have been read."""
