@@ -135,8 +135,8 @@ JOINT_REDUCTION = 1 << 14
 BUILD_PRODUCTS = 2e10
 
 # Multiplications that take as long as the Python code of one pass of fused layers, .6 ms of CPU. A gradient over all
-# rows has a pass for each padded length of its clients; native code has one for all. Case: 139 clients of 5 to 119 rows,
-# 28 features, float64, `distributed_gd` with `linear`: 31 passes. Machine: EPYC, one thread.
+# rows has a pass for each padded length of its clients; native code has one for all. Case: 139 clients of 5 to 119
+# rows, 28 features, float64, `distributed_gd` with `linear`: 31 passes. Machine: EPYC, one thread.
 PASS_PRODUCTS = 5e6
 
 # Parameters from which `auto` takes the loop instead of lanes for plain local training: a kernel then takes longer than

@@ -1,7 +1,7 @@
 """The data of a run for reports, read from the files of its folder: rounds, failures, client results, outcome.
 
 A log may be long, truncated or untrusted. Lines that cannot be parsed are skipped. Values that are no numbers count as
-missing. Client results are kept for a bounded number of rounds. The parser of the lines is imported with the first line.
+missing. Client results are kept for a bounded number of rounds. The parser is imported with the first line.
 
 Tests: tests/surface/test_report.py, tests/surface/test_timeline.py.
 """
