@@ -94,7 +94,7 @@ for order, (name, epilogue, help) in enumerate(
     app.command(where, name=name, group=TRAIN, sort_key=(0, 2, 2, 2)[order], help=help, help_epilogue=epilogue)
 
 
-def command(group: Group, order: int, name: str | None = None) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def _command(group: Group, order: int, name: str | None = None) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Register a command of this module by name: cyclopts reads its signature only if it is called."""
 
     def register(function: Callable[..., int]) -> Callable[..., int]:
@@ -106,7 +106,7 @@ def command(group: Group, order: int, name: str | None = None) -> Callable[[Call
     return register
 
 
-@command(TRAIN, 1)
+@_command(TRAIN, 1)
 def resume(
     run: str,
     /,
@@ -139,7 +139,7 @@ def resume(
     return run_training(it, Look(as_json, quiet), resume=path, any_version=any_version)
 
 
-@command(INSPECT, 3)
+@_command(INSPECT, 3)
 def runs(*, out: Out = None, as_json: Json = False) -> int:
     """List the runs, oldest first."""
     from atoll import runs as folders
@@ -154,7 +154,7 @@ def runs(*, out: Out = None, as_json: Json = False) -> int:
     return 0
 
 
-@command(INSPECT, 4)
+@_command(INSPECT, 4)
 def show(
     run: str,
     /,
@@ -199,7 +199,7 @@ def show(
     return 0
 
 
-@command(INSPECT, 4)
+@_command(INSPECT, 4)
 def ui(
     run: str | None = None,
     /,
@@ -227,7 +227,7 @@ def ui(
     return serve_page(parent, name, host, port, insecure=insecure, browser=not no_open, as_json=as_json)
 
 
-@command(INSPECT, 4, "tag")
+@_command(INSPECT, 4, "tag")
 def tag_run(
     run: str,
     /,
@@ -259,7 +259,7 @@ def tag_run(
     return 0
 
 
-@command(INSPECT, 5)
+@_command(INSPECT, 5)
 def compare(
     *run: str,
     metric: Annotated[str | None, flag(OUTPUT, "A column of metrics.jsonl. Default: the selection metric.")] = None,
@@ -315,7 +315,7 @@ def compare(
     return 0
 
 
-@command(INSPECT, 6)
+@_command(INSPECT, 6)
 def replay(
     run: str,
     /,
@@ -339,7 +339,7 @@ def replay(
     return 0
 
 
-@command(TRAIN, 3, "predict")
+@_command(TRAIN, 3, "predict")
 def predict_rows(
     run: str,
     data: Path,
@@ -375,7 +375,7 @@ def predict_rows(
     return predict_file(predictor(path, best=best, trust=trust, client=clients.client), request)
 
 
-@command(INSPECT, 7)
+@_command(INSPECT, 7)
 def export(
     run: str,
     /,
@@ -412,7 +412,7 @@ def export(
     return 0
 
 
-@command(INSPECT, 7)
+@_command(INSPECT, 7)
 def stats(
     data: str,
     /,
@@ -441,7 +441,7 @@ def stats(
     return 0
 
 
-@command(TRAIN, 4, "new")
+@_command(TRAIN, 4, "new")
 def start_project(
     name: Path,
     /,
@@ -465,7 +465,7 @@ def start_project(
     return 0
 
 
-@command(HELP, 8)
+@_command(HELP, 8)
 def doctor() -> int:
     """Check this machine and this installation, and print a fix for each problem."""
     from atoll.cli import output
