@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from problems import needs_native
 
 from atoll.base.errors import UsageError
 from atoll.base.random import SecretKey
@@ -12,10 +13,10 @@ from atoll.compute import discrete_gaussian as module
 from atoll.compute.discrete_gaussian import _table, discrete_gaussian
 
 
-@pytest.mark.parametrize("deviation", [64.0, 100.5, 515.0])
+@pytest.mark.parametrize("deviation", [64.0, 100.5, 1020.0])
 def test_the_table_has_the_probabilities_of_the_definition(deviation):
     table = _table(deviation, 0)
-    edges = [int(h) << 64 | int(low) for h, low in zip(table.high, table.low, strict=True)]
+    edges = [int(first) << 96 | rest for first, rest in zip(table.first, table.rest, strict=True)]
     found = np.array([float(Fraction(b - a, 2**128)) for a, b in zip(edges, [*edges[1:], 2**128], strict=True)])
     x = np.arange(-table.reach + 1, table.reach + 1)
     exact = np.exp(-(x**2) / (2 * deviation**2)) / (deviation * math.sqrt(2 * math.pi))  # the sum of all: Poisson
@@ -47,24 +48,48 @@ def test_joined_draws_have_the_normal_moments_and_distribution(deviation):
     assert np.abs(normal - np.arange(0, n, n // 1024) / n).max() < 2.2 / math.sqrt(n)  # KS, chance 1e-4
 
 
-def test_a_tie_of_the_upper_words_is_decided_by_the_second_word(monkeypatch):
+class Fixed:
+    """A key whose streams are given."""
+
+    def __init__(self, *streams):
+        self.streams = list(streams)
+
+    def fold(self, name):
+        return Fixed(*self.streams[1:])
+
+    def keystream(self):
+        return self
+
+    def fill(self, out):
+        out[:] = self.streams[0]
+
+    def read(self, n):
+        data, self.streams[0] = self.streams[0][:n], self.streams[0][n:]
+        return data
+
+
+@pytest.mark.parametrize("natively", [False, pytest.param(True, marks=needs_native)])
+def test_a_tie_of_the_first_bits_is_decided_by_the_others(natively, monkeypatch):
+    monkeypatch.setattr(module, "_NATIVE", natively)
     table = _table(64.0, 0)
-    at = len(table.high) // 2 + 3
+    middle, twins = len(table.first) // 2 + 3, int(np.flatnonzero(np.diff(table.first.astype(int)) == 0)[-1])
+    cases = [(middle, -1, middle), (middle, 0, middle + 1), (twins, -1, twins), (twins + 1, 0, twins + 2)]
+    words = np.array([table.first[at] for at, _, _ in cases], "<u4").tobytes()
+    rest = b"".join((table.rest[at] + step).to_bytes(16, "little") for at, step, _ in cases)
+    out = np.full(len(cases), 5)
+    module._Draws(table, Fixed(words, rest)).join(out)
+    assert out.tolist() == [80 + count - table.reach for _, _, count in cases]  # x is the number of edges ≤ the draw
 
-    class Fixed:
-        def __init__(self, second):
-            self.data = int(table.high[at]).to_bytes(8, "little"), second.to_bytes(8, "little")
 
-        def bytes(self, n):
-            return self.data[0]
-
-        def fold(self, name):
-            self.data = self.data[1:]
-            return self
-
-    edge = int(table.low[at])
-    below, on = (int(module._draw(table, Fixed(second), 1)[0]) for second in (edge - 1, edge))
-    assert (below, on) == (at - table.reach, at + 1 - table.reach)  # x is the number of edges ≤ the word
+@needs_native
+@pytest.mark.parametrize("deviation", [64.0, 1000.0, 2.0**54])
+def test_native_code_draws_the_same(deviation, monkeypatch):
+    assert module.present("noise") is not None
+    found = []
+    for natively in (True, False):
+        monkeypatch.setattr(module, "_NATIVE", natively)
+        found.append(discrete_gaussian(SecretKey.of_seed(9), (1 << 16) + 5, deviation))
+    assert found[0].equal(found[1])
 
 
 def test_the_same_key_draws_the_same_numbers_and_a_bad_deviation_is_refused():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from problems import run
 
-from atoll.base.entropy import entropy_source, round_secret, stream
+from atoll.base.entropy import Keystream, entropy_source, round_secret
 from atoll.base.errors import UsageError
 from atoll.base.random import Key, SecretKey
 from atoll.engine.inprocess import InProcessEngine
@@ -90,7 +90,10 @@ def test_a_stream_is_aes_256_ctr_under_hkdf_sha256():
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     block = Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(bytes(15) + b"\x01")
-    assert stream(bytes(32), b"noise", 40)[16:32] == block and stream(bytes(32), b"noise", 0) == b""
+    stream, filled = Keystream(bytes(32), b"noise"), bytearray(1 << 17)
+    assert stream.read(0) == b"" and stream.read(40)[16:32] == block
+    Keystream(bytes(32), b"noise").fill(memoryview(filled))
+    assert filled[40:] == stream.read((1 << 17) - 40)
 
 
 def test_each_path_and_each_client_has_its_own_stream():

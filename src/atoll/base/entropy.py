@@ -22,24 +22,39 @@ SECRET_BYTES = 32
 _SALT = b"atoll/entropy/v1"
 
 
-def stream(secret: bytes, label: bytes, n: int) -> bytes:
-    """The first n bytes of the stream of a label. Streams of different labels are independent.
+_ZEROS = bytes(1 << 16)
+
+
+class Keystream:
+    """The stream of a label, read piece by piece. Streams of different labels are independent.
 
     Args:
         secret: 32 bytes.
         label: the purpose of the stream.
-        n: the number of bytes, at most 2³⁶.
     Example:
-        >>> len(stream(bytes(32), b"noise", 5))
-        5
+        >>> whole, pieces = Keystream(bytes(32), b"noise"), Keystream(bytes(32), b"noise")
+        >>> whole.read(5) == pieces.read(2) + pieces.read(3)
+        True
 
     Reference: RFC 5869; NIST SP 800-38A.
     """
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-    extracted = hmac.digest(_SALT, secret, "sha256")
-    key = hmac.digest(extracted, label + b"\x01", "sha256")
-    return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(n))
+    def __init__(self, secret: bytes, label: bytes) -> None:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+        extracted = hmac.digest(_SALT, secret, "sha256")
+        key = hmac.digest(extracted, label + b"\x01", "sha256")
+        self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    def fill(self, out: memoryview) -> None:
+        """Write the next bytes of the stream into a buffer of bytes."""
+        for start in range(0, len(out), len(_ZEROS)):
+            part = out[start : start + len(_ZEROS)]
+            self._cipher.update_into(memoryview(_ZEROS)[: len(part)], part)
+
+    def read(self, n: int) -> bytes:
+        """The next n bytes; a stream has at most 2³⁶."""
+        return self._cipher.update(bytes(n))
 
 
 class SecretSource(Protocol):

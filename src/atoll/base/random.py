@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atoll.base.entropy import SECRET_BYTES, stream
+from atoll.base.entropy import SECRET_BYTES, Keystream
 from atoll.base.errors import UsageError
 
 _U64 = (1 << 64) - 1
@@ -357,18 +357,19 @@ class SecretKey(Key):
 
     def bytes(self, n: int) -> _Bytes:
         """The first n bytes of the stream of this key, without its clients."""
-        return self._stream(b"", n)
+        return self.keystream().read(n)
 
-    def _stream(self, client: _Bytes, n: int) -> _Bytes:
+    def keystream(self, client: _Bytes = b"") -> Keystream:
+        """The stream of this key from its start: without its clients, or of one client."""
         label = struct.pack(f">{len(self.path)}Q", *self.path)
-        return stream(self.entropy.secret, label + b"/" + client, n)
+        return Keystream(self.entropy.secret, label + b"/" + client)
 
     def _words(self, n: int) -> Tensor:
         """n uniform 64-bit words for each client, int64 `[K, n]` or `[n]`."""
         if self.clients is None:
             return torch.frombuffer(bytearray(self.bytes(8 * n) or b"\0"), dtype=torch.uint8)[: 8 * n].view(torch.int64)
         clients = self.clients.cpu()
-        rows = [self._stream(struct.pack(">q", k), 8 * n) for k in clients.tolist()]
+        rows = [self.keystream(struct.pack(">q", k)).read(8 * n) for k in clients.tolist()]
         words = torch.frombuffer(bytearray(b"".join(rows) or b"\0"), dtype=torch.uint8)[: 8 * n * len(rows)]
         return words.view(torch.int64).view(len(rows), n).to(self.clients.device)
 

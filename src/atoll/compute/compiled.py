@@ -120,12 +120,14 @@ def _begin(begins: list[int], i: int) -> int:
 def load_libraries(dtype: torch.dtype) -> ctypes.CDLL:
     """Build or load all native libraries for this dtype, and return that of descent.c.
 
-    The sum and the dropout mask have slower paths of equal bits, which use these libraries if they are in the cache.
+    Sum, dropout mask, clip, rounding and noise have slower paths of equal bits. They use these libraries if they are in
+    the cache.
 
     Raises:
         atoll.compute.native.BuildError: this machine cannot build them.
     """
     library("exact"), library("exact", "WIDE"), library("dropout", *widths(dtype))  # WIDE: metrics are float64
+    library("bounded"), library("noise")
     return library("descent", *widths(dtype))
 
 

@@ -21,7 +21,8 @@ from atoll.compute.task import Task
 from atoll.compute.tensor_notes import drop
 from atoll.data.clients import Clients
 from atoll.plan.aggregate.exact import LARGEST, bounded
-from atoll.plan.codec import Identity
+from atoll.plan.codec import AdaptiveClip, Clip, Identity, Noise
+from atoll.plan.codec.privacy import leaves
 from atoll.plan.conflicts import check_memory, check_partials, check_rows
 from atoll.plan.message import Message, sizes_of
 from atoll.plan.plan import Plan
@@ -29,6 +30,7 @@ from atoll.plan.protocols import Aggregator, Broadcast, Contribution, Ids, Tenso
 from atoll.plan.round import Failure, Kept
 from atoll.plan.state import part_of
 
+_READ_ONLY = {Identity, Clip, AdaptiveClip, Noise}  # stages that never write into the tensor that they receive
 IN_CODEC = "The codec raised this error while it encoded an update."
 
 
@@ -126,7 +128,7 @@ def decode_contribution(plan: Plan, message: Message) -> Contribution:
     if message.payload is None:
         return message.rest
     update = plan.codec.decode(message.payload, message.side)
-    if plan.codec != Identity():
+    if any(type(stage) not in _READ_ONLY for stage in leaves(plan.codec)):
         drop(update)
     return message.rest._replace(means={"update": update, **message.rest.means})
 

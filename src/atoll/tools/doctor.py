@@ -278,7 +278,9 @@ def _native_code() -> Check:
         load_libraries(torch.float32)
         return Check("native code", True, f"built by {compiler()[1]}, cached in {folder()}")
     except BuildError as why:
-        return Check("native code", not why.write, f"none: {why}; runs use fused numerics instead", why.write)
+        return Check(
+            "native code", not why.write, f"none: {why}; runs use fused numerics, and noise comes from NumPy", why.write
+        )
 
 
 def _one_round() -> Check:

@@ -28,6 +28,8 @@ from atoll.base.lines import Part
 from atoll.base.names import ROWS_OF
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields
+from atoll.compute.bounded_rows import rounded_rows
+from atoll.compute.tensor_notes import lookup
 from atoll.plan.aggregate import exact
 from atoll.plan.pace import Sync
 from atoll.plan.protocols import Aggregator, Conflict, Contribution, Declared, Slots
@@ -144,23 +146,9 @@ def rounded(x: Tensor, grid: Grid, key: Key) -> Tensor:
     """
     if not x.is_floating_point():
         return x.clamp(-grid.limit, grid.limit)
-    flat = x.reshape(len(x), -1)
-    out = torch.empty_like(flat)
-    up, down = math.ldexp(1.0, grid.exponent), math.ldexp(1.0, -grid.exponent)
-    for k in range(len(flat)):  # one client at a time stays in the cache
-        lane = torch.mul(flat[k], up, out=out[k])
-        if not bool(torch.isfinite(lane.abs().amax() if len(lane) else lane.sum())):
-            lane.fill_(math.nan)  # the client is dropped by name; the limit would turn infinity into a number
-            continue
-        lane += _dither(key.select(slice(k, k + 1)), flat.shape[1], flat.dtype)[0]
-        lane.round_().clamp_(-grid.limit, grid.limit).mul_(down)
-    return out.reshape(x.shape)
-
-
-def _dither(key: Key, n: int, dtype: torch.dtype) -> Tensor:
-    """n numbers (j + ½) / 2¹⁶ − ½ for uniform 16-bit j: a number on the grid stays, since none is ±½."""
-    draws: Tensor = key.hash(-(-n // 4)).view(torch.int16)[..., :n].to(dtype)
-    return draws.add_(0.5).mul_(2.0**-16)
+    if x.dim() == 2:
+        return rounded_rows(x, grid.exponent, grid.limit, key)
+    return rounded_rows(x.reshape(len(x), -1), grid.exponent, grid.limit, key).reshape(x.shape)
 
 
 def words_of(x: Tensor, grid: Grid, weights: Tensor, ring: int) -> Words:
@@ -274,7 +262,11 @@ def _clamped(means: Mapping[str, Tensor], grids: Mapping[str, Grid], weight: Ten
     for name, x in means.items():
         if grids[name].cut:
             largest = math.ldexp(grids[name].limit, -grids[name].exponent)
-            found += (x.abs() > largest).sum(1).to(found.device)
+            peaks = lookup(x, "peaks")
+            tops = torch.linalg.vector_norm(x, math.inf, 1) if peaks is None else peaks.amax(1)
+            cut = tops > largest
+            if bool(cut.any()):
+                found[cut.to(found.device)] += (x[cut].abs() > largest).sum(1).to(found.device)
     return found
 
 

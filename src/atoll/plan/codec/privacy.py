@@ -23,9 +23,9 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.random import Key, SecretKey
 from atoll.base.validation import bounded_number, check_fields
+from atoll.compute import bounded_rows
 from atoll.compute.discrete_gaussian import discrete_gaussian
 from atoll.compute.layout import Layout
-from atoll.plan.codec import grid
 from atoll.plan.codec.lowrank import LowRank
 from atoll.plan.codec.stage import Chain, Codec, Encoded, Identity, flat_layout
 from atoll.plan.protocols import Conflict, Declared, Release, RoundInfo, Slots, Stage, Tensors, Total
@@ -91,7 +91,7 @@ class Clip(_Bounded):
         check_fields(self)
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
-        return _clipped(x, _norms(x), self.bound), {}, {}, memory
+        return _clipped(x, bounded_rows.norms(x), self.bound), {}, {}, memory
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         return _scaled(total, self.bound), server
@@ -146,7 +146,7 @@ class AdaptiveClip(_Bounded):
         return {"clip": torch.tensor(self.start, dtype=torch.float64)}
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
-        norms, clip = _norms(x), shared["clip"].to(x.device)
+        norms, clip = bounded_rows.norms(x), shared["clip"].to(x.device)
         unclipped = (norms[:, 0] <= clip).to(torch.float64) - 0.5
         return _clipped(x, norms, clip), {}, {"unclipped": unclipped}, memory
 
@@ -329,19 +329,12 @@ def leaves(codec: Stage) -> Iterator[Stage]:
         yield from leaves(stage)
 
 
-def _norms(x: Tensor) -> Tensor:
-    """The norm of each row, float64 `[K, 1]`, in an order that does not depend on the other rows."""
-    sums = x.new_empty(len(x), grid.groups_of(x.shape[-1]), dtype=torch.float64)
-    for _, _, rows, out in grid.batches(grid.parts(x), grid.split(sums, x.shape[-1], lambda n: 1)):
-        out.copy_(grid.ordered_sum(rows.double().square()))
-    return grid.ordered_sum(sums).sqrt()
-
-
 def _clipped(x: Tensor, norms: Tensor, bound: float | Tensor) -> Tensor:
     """x / max(|x|, bound) with a norm of at most 1."""
     exact = (1 - _SLACK[x.dtype]) / norms.clamp(min=bound)
     factor = exact.to(x.dtype)
-    return x * torch.where(factor.double() > exact, torch.nextafter(factor, torch.zeros_like(factor)), factor)
+    lower = torch.where(factor.double() > exact, torch.nextafter(factor, torch.zeros_like(factor)), factor)
+    return bounded_rows.scaled(x, lower)
 
 
 def _scaled(total: Total, by: float | Tensor) -> Total:
