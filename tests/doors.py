@@ -114,7 +114,7 @@ def _flags(words):
 
     if "..." in " ".join(words):
         return False
-    others = (["resume", "latest"], ["lr"], ["predict", "latest", "x.csv"], ["export", "latest"])
+    others = (["resume", "latest"], ["lr"], ["sweep"], ["predict", "latest", "x.csv"], ["export", "latest"])
     others += (
         ["new", "p"],
         ["compare", "a", "b"],

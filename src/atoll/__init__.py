@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from atoll.runs.events import Observer, Run
     from atoll.tools.compare import compare
     from atoll.tools.stats import describe
+    from atoll.tools.sweep import sweep
     from atoll.training.experiment import Experiment, load, predictor
     from atoll.training.rounds import rounds
     from atoll.training.serve import join, serve
@@ -76,6 +77,7 @@ __all__ = [
     "rounds",
     "serve",
     "step",
+    "sweep",
     "train",
 ]
 
@@ -92,6 +94,7 @@ _WHERE = {
     "atoll.runs.events": ("Observer", "Run"),
     "atoll.tools.stats": ("describe",),
     "atoll.tools.compare": ("compare",),
+    "atoll.tools.sweep": ("sweep",),
     "atoll.training.experiment": ("Experiment", "load", "predictor"),
     "atoll.training.rounds": ("rounds",),
     "atoll.training.serve": ("join", "serve"),

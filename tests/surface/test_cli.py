@@ -132,6 +132,7 @@ def test_help_names_every_command_and_every_flag(atoll):
         "replay",
         "lr",
         "attack",
+        "sweep",
         "export",
         "doctor",
     ]

@@ -335,7 +335,7 @@ def test_range_test_on_a_quadratic():
     x = Key(3).normal(200).reshape(100, 2)
     data = arrays(x, x @ torch.tensor([1.0, -2.0]).double(), task="regression").split(1, held_out=0)
     rates = [10 ** (k / 4) for k in range(-8, 5)]
-    found = lr.sweep("linear", data, recipes.gd(0.01), Settings(dtype="float64"), "server", tried=rates)
+    found = lr.range_test("linear", data, recipes.gd(0.01), Settings(dtype="float64"), "server", tried=rates)
     sharp = 2 * torch.linalg.eigvalsh(torch.cov(x.T, correction=0)).max()  # of the mean of squares
     assert found.edge is not None and 1 / sharp < found.edge < 20 / sharp
     assert found.edge / 10 < found.suggestion <= found.edge / 3

@@ -81,6 +81,7 @@ for order, (name, epilogue, help) in enumerate(
         ),
         ("lr", "", "Run a learning-rate range test, draw it, and suggest a rate. Takes the flags of run."),
         ("attack", "", "Train with each rule under each simulated attack. Takes the flags of run."),
+        ("sweep", "", "Train with several values of settings, and choose the best. Takes the flags of run."),
         (
             "plan",
             "",
@@ -90,8 +91,8 @@ for order, (name, epilogue, help) in enumerate(
     )
 ):
     # Given by name: cyclopts imports the module, which builds the flags, only if one of these commands is called.
-    where = f"atoll.cli.training_commands:{name}"
-    app.command(where, name=name, group=TRAIN, sort_key=(0, 2, 2, 2)[order], help=help, help_epilogue=epilogue)
+    where = f"atoll.cli.training_commands:{'sweep_command' if name == 'sweep' else name}"
+    app.command(where, name=name, group=TRAIN, sort_key=min(order, 1) * 2, help=help, help_epilogue=epilogue)
 
 
 def _command(group: Group, order: int, name: str | None = None) -> Callable[[Callable[..., int]], Callable[..., int]]:

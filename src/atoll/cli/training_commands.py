@@ -122,6 +122,66 @@ def attack(
     return 0
 
 
+def sweep_command(
+    experiment: str | None = None,
+    /,
+    *,
+    over: Annotated[
+        list[str] | None,
+        flag(RUNNING, "KEY=VALUES: [a, b], log(low, high), linear(low, high) or int(low, high). May be repeated."),
+    ] = None,
+    trials: Annotated[int, switch(RUNNING, "Number of proposals; a grid of lists has its own.", "ATOLL_TRIALS")] = 20,
+    seeds: Annotated[int, switch(RUNNING, "Number of seeds of each trial.", "ATOLL_SEEDS")] = 1,
+    metric: Annotated[str | None, flag(RUNNING, "The metric that chooses. Default: the first of the task.")] = None,
+    confirm: Annotated[int, switch(RUNNING, "Train the best with this number of new seeds.", "ATOLL_CONFIRM")] = 0,
+    jobs: Annotated[int, switch(RUNNING, "Number of trainings at a time.", "ATOLL_JOBS")] = 1,
+    flags: ExperimentFlags = ExperimentFlags(),
+    trust: Trust = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train with several values of settings, and choose the best. The same command continues an unfinished sweep.
+
+    Parameters
+    ----------
+    experiment
+        A TOML file with settings.
+    """
+    import sys
+
+    from atoll.cli import output
+    from atoll.tools import sweep as tool
+
+    values = {}
+    for text in over or ():
+        key, equals, given = text.partition("=")
+        if not equals:
+            raise UsageError(f"--over {text}.", "KEY=VALUES.", write=Line(shell=f'--over "{tool.EXAMPLE}"'))
+        values[key.strip()] = given.strip()
+    it = flags.checked(experiment, trust)
+
+    def note(text: str) -> None:
+        if not quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    found = tool.sweep(
+        it,
+        values,
+        trials=trials,
+        seeds=seeds,
+        metric=metric,
+        confirm=confirm,
+        jobs=jobs,
+        name=Path(experiment).stem if experiment else None,
+        note=note,
+    )
+    if as_json:
+        output.print_json(found.values())
+    else:
+        print(found.text())
+    return 0 if found.finished else 130
+
+
 def plan(
     experiment: str | None = None,
     /,

@@ -392,6 +392,8 @@ class _Found:
         config, about = _config(path), runs.read_environment(path)
         if config.get("python"):  # its settings name objects of a program only
             config |= {"layout": about.get("layout")}
+        # A resumed run records the choice of atoll where the run of another seed has "auto".
+        config |= {name: about[name] for name in ("numerics", "device") if config.get(name) == "auto" and name in about}
         return cls(path, config, _record(path, runs.read_rows(path / "metrics.jsonl")), str(about.get("held_out", "")))
 
 
@@ -472,7 +474,7 @@ def find_runs(given: Sequence[Any], parent: Path) -> list[Path]:
         if where is None:
             raise UsageError("A run without a folder.", "a run with a folder.", write=Line(python='out="runs"'))
         folder, text = Path(where), str(where)
-        within = [] if (folder / "config.toml").is_file() else runs.list_runs(folder)
+        within = [] if (folder / "config.toml").is_file() else runs.list_runs(folder) or runs.list_runs(parent / text)
         if within:
             found += within
         elif "*" in text:

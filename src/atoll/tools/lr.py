@@ -101,7 +101,7 @@ class Finding:
 
 
 def find_rate(experiment: Experiment, which: Which = "local", out: Path | None = None) -> Finding:
-    """Suggest a learning rate for an experiment by a range test on its data; see `sweep`.
+    """Suggest a learning rate for an experiment by a range test on its data; see `range_test`.
 
     Args:
         experiment: the experiment.
@@ -120,7 +120,7 @@ def find_rate(experiment: Experiment, which: Which = "local", out: Path | None =
 
 
 @user_scope(Key(0).fold("tool"))
-def sweep(
+def range_test(
     model: Any,
     data: Clients,
     plan: Plan,
@@ -157,7 +157,8 @@ def sweep(
     Example:
         >>> import atoll
         >>> data = atoll.data.load("diabetes").split(clients=4)
-        >>> sweep("linear", data, atoll.recipes.gd(0.01), Settings(), "server", tried=(0.01, 0.1, 100.0)).suggestion
+        >>> found = range_test("linear", data, atoll.recipes.gd(0.01), Settings(), "server", tried=(0.01, 0.1, 100.0))
+        >>> found.suggestion
         0.1
 
     Reference: Smith, Cyclical Learning Rates for Training Neural Networks, 2017, section 3.3.
@@ -262,7 +263,7 @@ def _swept(training: Training, which: Which, tried: tuple[float, ...]) -> Findin
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float], start: float) -> tuple[float, float | None]:
-    """Choose the suggested rate and the edge by the definitions of `sweep`.
+    """Choose the suggested rate and the edge by the definitions of `range_test`.
 
     Args:
         rates: the tested rates, ascending, > 0.
