@@ -3,7 +3,7 @@
 import pytest
 import torch
 from problems import classification, run, seeded, task_of
-from quick_cases import by_turns, only
+from quick_cases import by_turns, one_in, only
 from torch import nn
 
 from atoll.engine.choose_backend import choose
@@ -50,12 +50,12 @@ def mlp(width, middle):
 
 
 @pytest.mark.parametrize("width", only([7], [7, 33]))
-@pytest.mark.parametrize("middle", only(["relu", "gelu", "dropout", "softmax"], MIDDLES))
+@pytest.mark.parametrize("middle", only(["gelu", "dropout"], MIDDLES))
 def test_elementwise(middle, width):
     bits(mlp(width, MIDDLES[middle]))
 
 
-@pytest.mark.parametrize(("norm", "width"), by_turns(NORMS, [7, 16]))
+@pytest.mark.parametrize(("norm", "width"), one_in(2, by_turns(NORMS, [7, 16])))
 def test_norms(norm, width):
     bits(mlp(width, lambda: NORMS[norm](width)))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import classification, federation, seeded
+from quick_cases import by_turns, one_in
 from torch import Tensor, nn
 
 import atoll
@@ -105,7 +106,7 @@ COUPLED = {
 }
 
 
-@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize("name", one_in(2, COUPLED))
 def test_coupled_rows_give_the_numbers_of_the_loop(name):
     """Ragged batches of clients of unequal size; the default backend is another."""
     net, data, loss = COUPLED[name]
@@ -147,8 +148,7 @@ def test_batch_norm_does_not_couple_an_evaluation():
     assert not training.task.findings.couples_in_evaluation
 
 
-@pytest.mark.parametrize("numerics", ["auto", "lanes", "loop"])
-@pytest.mark.parametrize("sizes", [SIZES, (2176, 40)])
+@pytest.mark.parametrize(("numerics", "sizes"), by_turns(["auto", "lanes", "loop"], [SIZES, (2176, 40)]))
 def test_losses_of_whole_clients(sizes, numerics):
     """Training and held-out loss, and the step, are those of one pass over each client's own rows."""
     everything, net = survival((*sizes, 2176)), one()

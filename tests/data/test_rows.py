@@ -241,7 +241,7 @@ FROM_DATASET = """
     data = dataset(Files()).split(8, {by})
 """
 BODIES = [
-    pytest.param(FROM_FILES, 4096, id="memory map"),
+    pytest.param(FROM_FILES, 4096, id="memory map", marks=pytest.mark.slow),
     pytest.param(FROM_DATASET.format(by="Dirichlet(1.0)"), 4096, id="Dataset", marks=pytest.mark.slow),
     pytest.param(FROM_DATASET.format(by="FeatureShift(noise=0.1)"), 8192, id="noise", marks=pytest.mark.slow),
 ]

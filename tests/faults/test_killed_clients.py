@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from problems import classification, federation, needs_native, regression, run, seeded, task_of
-from quick_cases import one_in
+from quick_cases import one_in, only
 from torch import nn
 
 import atoll
@@ -85,7 +85,7 @@ KILLED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "how", "body", "chunk"), one_in(2, KILLED))
+@pytest.mark.parametrize(("name", "how", "body", "chunk"), one_in(3, KILLED))
 def test_a_killed_client_is_one_not_heard(name, how, body, chunk):
     local = LOCALS[name]
     data, who = classification(SIZES), frozenset((0, 4, 5))
@@ -203,7 +203,7 @@ def test_a_held_out_row_that_cannot_be_read_is_an_error():
         training.next()
 
 
-@pytest.mark.parametrize("body", ["lanes", "loop"])
+@pytest.mark.parametrize("body", only(["loop"], ["lanes", "loop"]))
 def test_a_client_whose_own_training_diverges(body):
     """Features of one client are a thousand times too large. Its loss overflows, and no other client's does."""
     good = regression(SIZES, dtype=torch.float32)

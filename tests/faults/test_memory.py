@@ -7,7 +7,7 @@ import pytest
 import torch
 from limited_memory import Scarce
 from problems import classification, run, seeded, task_of
-from quick_cases import by_turns, only
+from quick_cases import by_turns
 from torch import nn
 
 import atoll
@@ -158,7 +158,8 @@ def test_no_room_for_the_sum_is_told(told):
     assert run(Plan(Gradient(), Heavy()), InProcessEngine(task, data, 3))[1][0].arrived == 13
 
 
-@pytest.mark.parametrize("workers", only([2], [1, 2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_halve_too(told, workers):
     """Each worker reports the largest chunk that fits. The engine reports one note and assigns smaller chunks."""
     task, data = told

@@ -60,7 +60,7 @@ def columns(path):
     ("target", "chosen", "first", "recipe"),
     [
         ("ill", "softmax", "accuracy", "fedavg(lr=0.05, batch=10)"),
-        ("age", "linear", "rmse", "fedavg(lr=0.05, batch=10)"),
+        pytest.param("age", "linear", "rmse", "fedavg(lr=0.05, batch=10)", marks=pytest.mark.slow),
         ("ill", "mlp", "accuracy", "fedper(lr=0.05, batch=10, own=('fc2.*',))"),  # each site draws its own part
     ],
 )

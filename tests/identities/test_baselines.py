@@ -74,9 +74,9 @@ def test_pooled_gradient_descent_is_the_distributed_one(digits):
 @pytest.mark.parametrize(
     "plan",
     [
-        Plan(Train(sgd(0.2), epochs=1, batch=5), Mean()),
+        pytest.param(Plan(Train(sgd(0.2), epochs=1, batch=5), Mean()), marks=pytest.mark.slow),
         Plan(Train(adam(0.01), steps=4, batch=5, keep=("optimizer", "order")), Mean(), adam(0.01)),
-        Plan(Gradient(batch=7), Mean(), adam(cosine(0.05, rounds=3))),
+        pytest.param(Plan(Gradient(batch=7), Mean(), adam(cosine(0.05, rounds=3))), marks=pytest.mark.slow),
         Plan(Train(sgd(0.2), epochs=1, batch=5), Mean(), cohort=0.5),
     ],
     ids=range(4),
@@ -194,7 +194,7 @@ def test_the_winner_flips_between_all_rows_and_own_rows(opposite):
     assert federated["steps"] == local["steps"] == 6
 
 
-@pytest.mark.parametrize("numerics", ["lanes", "loop"])
+@pytest.mark.parametrize("numerics", only(["loop"], ["lanes", "loop"]))
 def test_own_rows_of_a_local_model_are_those_of_its_client(opposite, numerics):
     data = opposite.only(range(4))
     training = ran("linear", data, recipes.fedavg(0.1, batch=None), 3, evaluate_every=1, numerics=numerics)

@@ -94,7 +94,7 @@ def test_stacked_spectral_norms_stay_near_one():
         x = torch.randn(20, 8, generator=torch.Generator().manual_seed(i))
         parts.append((x * (torch.arange(8) == i).add(0.1) * 3, torch.arange(20) % 3))
     data = atoll.data.federate(parts, held_out=0.2)
-    training = atoll.rounds(seeded(make), data, recipes.fedavg(1.0, epochs=10, batch=5), rounds=3, metrics=())
+    training = atoll.rounds(seeded(make), data, recipes.fedavg(1.0, epochs=5, batch=5), rounds=3, metrics=())
     list(training)
     model = training.model.eval().requires_grad_(False)
     for layer in (0, 2, 4):

@@ -191,8 +191,8 @@ def test_a_round_that_is_run_twice_gives_the_same_state():
 @pytest.mark.parametrize("body", ["fused", "lanes", "loop", COMPILED])
 @pytest.mark.parametrize("buffers", [False, True])
 def test_clients_of_different_widths_share_a_chunk_with_equal_bits(body, buffers):
-    """23 clients of 23 sizes are few chunks, and every bit is that of one client after the other."""
-    data = classification(tuple(range(3, 72, 3)))
+    """14 clients of 14 sizes are few chunks, and every bit is that of one client after the other."""
+    data = classification(tuple(range(3, 45, 3)))
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 3), *([nn.BatchNorm1d(3)] if buffers else [])))
     if buffers and body in ("fused", "compiled"):
         return  # not among their layers

@@ -189,7 +189,9 @@ def test_ties_are_broken_by_the_ordinal_whatever_ends():
 # Draws
 
 
-@pytest.mark.parametrize(("started", "kept", "means"), [(100, 100, 3.44), (130, 100, 1.49)])
+@pytest.mark.parametrize(
+    ("started", "kept", "means"), [(100, 100, 3.44), pytest.param(130, 100, 1.49, marks=pytest.mark.slow)]
+)
 def test_what_stragglers_cost(started, kept, means):
     """Half-normal durations: the wait for `kept` of `started`, in mean durations, equals its exact expectation."""
     x = torch.linspace(0, 8, 100_001, dtype=torch.float64)

@@ -74,7 +74,7 @@ def passed(task, lanes, x, y, counts):
 
 
 @bodies
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(architectures(), st.sampled_from(LOSSES), SEED, st.integers(2, 4), st.integers(1, 40))
 def test_by_hand_is_lanes(body, architecture, loss, seed, lanes, rows):
     layers, shape = architecture
@@ -97,8 +97,11 @@ def test_by_hand_is_lanes(body, architecture, loss, seed, lanes, rows):
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-9, atol=1e-12)
 
 
+FAST = ["softmax", "mlp", "cnn", "niid-cnn"]
+
+
 @bodies
-@pytest.mark.parametrize("name", ["softmax", "mlp", "cnn", "niid-cnn", "mcmahan-cnn"])
+@pytest.mark.parametrize("name", [*FAST, pytest.param("mcmahan-cnn", marks=pytest.mark.slow)])
 def test_named_models_after_a_round(name, body):
     """1e-5 relative to lanes in float32: a whole round of local training."""
     data = classification((9, 7, 7, 3), shape=(16, 16), classes=4)
@@ -112,7 +115,7 @@ def test_named_models_after_a_round(name, body):
 
 
 @bodies
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.lists(st.integers(1, 13), min_size=2, max_size=9), st.integers(1, 9), st.sampled_from(["mlp", "cnn"]))
 def test_a_chunk_changes_no_bit(body, sizes, chunk, name):
     data = classification(sizes, shape=(6, 6))

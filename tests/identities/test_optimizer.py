@@ -151,10 +151,10 @@ def test_lanes_that_kept_their_state_go_on_where_they_were(optimizer):
 @pytest.mark.parametrize("optimizer", only(KINDS, [row[0] for row in TABLE]), ids=repr)
 def test_bits_do_not_depend_on_blocks_threads_or_neighbours(optimizer, monkeypatch):
     d, threads = 20011, torch.get_num_threads()
-    theta, gs = draw(3, d), [draw(3, d, seed=s) for s in range(1, 4)]
+    theta, gs = draw(3, d), [draw(3, d, seed=s) for s in (1, 2)]
     alone = torch.stack([run(optimizer, theta[lane], [g[lane] for g in gs])[0] for lane in range(3)])
     try:
-        for count, block in ((1, 1 << 17), (2, 1 << 17), (2, 1 << 30), (1, 1003), (2, 20001)):
+        for count, block in ((1, 1 << 17), (2, 1 << 17), (1, 1003), (2, 20001)):
             torch.set_num_threads(count)
             monkeypatch.setattr(limits, "OPTIMIZER_BLOCK", block)
             assert same(run(optimizer, theta, gs)[0], alone), (count, block)

@@ -84,7 +84,7 @@ def engines(task, data):
     yield from (Workers(task, data, None, workers=workers) for workers in (2,))
 
 
-@pytest.mark.parametrize(("name", "dtype"), one_in(2, DTYPES))
+@pytest.mark.parametrize(("name", "dtype"), one_in(3, DTYPES))
 def test_chunks_order_and_workers_change_no_bit(name, dtype):
     make, data_of = MODELS[name]
     data = data_of(SIZES)
@@ -100,7 +100,7 @@ LOCAL = (recipes.diloco, recipes.local_sgd, recipes.post_local_sgd)
 
 
 @pytest.mark.usefixtures("known_secrets")
-@pytest.mark.parametrize(("recipe", "body"), by_turns(WITHOUT_CLASSES, ["lanes", "loop"]))
+@pytest.mark.parametrize(("recipe", "body"), one_in(3, by_turns(WITHOUT_CLASSES, ["lanes", "loop"])))
 def test_no_recipe_knows_an_order(recipe, body):
     data = regression(SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), data, body)

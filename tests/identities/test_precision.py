@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import MODELS
 from problems import classification, run, seeded, task_of, tokens
-from quick_cases import by_turns, only
+from quick_cases import by_turns, one_in, only
 from torch import nn
 
 import atoll
@@ -62,7 +62,7 @@ def test_digits_in_bfloat16_come_to_the_loss_of_float32():
     assert {p.dtype for p in ends[1].model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(("name", "body"), by_turns(MODELS, ["lanes", "loop"]))
+@pytest.mark.parametrize(("name", "body"), one_in(2, by_turns(MODELS, ["lanes", "loop"])))
 def test_the_model_stays_in_float32(name, body):
     """θ, buffers, the server's optimizer and the loss are float32; so is the gradient, up to 8 bits."""
     make, make_data = models(name)
@@ -80,7 +80,7 @@ def test_the_model_stays_in_float32(name, body):
     assert a.buffers.shape == b.buffers.shape and torch.allclose(a.buffers, b.buffers, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("name", only(MODELS.keys() - {"transformer"}, MODELS))
+@pytest.mark.parametrize("name", only(["mlp", "batch norm"], MODELS))
 def test_a_chunk_changes_no_bit(name):
     """If lanes in bfloat16 depend on other lanes, the start of a run detects it and chooses the loop."""
     make, make_data = models(name)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from quick_cases import only
 
 from atoll.base.errors import UsageError
 from atoll.secure import keys, messages, shamir
@@ -174,15 +175,10 @@ def _pattern(n: int, threshold: int, stages: tuple[str, ...]) -> bool:
     return True
 
 
-def test_every_pattern_of_four_clients_sums_or_stops_by_name() -> None:
-    succeeded = [_pattern(4, 3, stages) for stages in itertools.product(STAGES, repeat=4)]
-    assert sum(succeeded) == 13  # sum over j >= t of C(n, j) 3^(n - j)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("n", "threshold", "count"), [(5, 4, 16), (6, 5, 19)])
-def test_every_pattern_of_more_clients_sums_or_stops_by_name(n: int, threshold: int, count: int) -> None:
-    assert sum(_pattern(n, threshold, stages) for stages in itertools.product(STAGES, repeat=n)) == count
+@pytest.mark.parametrize(("n", "step"), [(4, 5), *(pytest.param(n, 1, marks=pytest.mark.slow) for n in (4, 5, 6))])
+def test_a_pattern_of_lost_clients_sums_if_all_but_one_stay_or_stops_by_name(n: int, step: int) -> None:
+    for stages in itertools.islice(itertools.product(STAGES, repeat=n), 0, None, step):
+        assert _pattern(n, n - 1, stages) == (stages.count("stays") >= n - 1), stages
 
 
 class AnyShape(Floors):
@@ -192,7 +188,7 @@ class AnyShape(Floors):
         pass
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", only([0], range(3)))
 def test_random_patterns_on_a_regular_graph(seed: int) -> None:
     draw = np.random.default_rng(seed)
     group = Group(24, agreement(50), AnyShape(cohort=3), neighbours=14, threshold=6, seed=seed)
