@@ -18,6 +18,7 @@ from atoll.data import held_out, partition
 from atoll.engine.simulation.fleet import FLEET
 from atoll.engine.spec import ENGINES
 from atoll.plan.registry import PARTS
+from atoll.track import MLflow, TensorBoard, WandB
 from atoll.training.known_names import _Anything
 from atoll.training.stop import RULES
 
@@ -30,6 +31,7 @@ TABLES = (
     FLEET,
     ENGINE_CLASSES,
     held_out.RULES,
+    {each.__name__: each for each in (MLflow, TensorBoard, WandB)},
     {"cross_entropy": cross_entropy, "huber": huber, "quantile": quantile},
 )
 VALUES = {r.__name__: r for r in recipes.RECIPES} | {name: make for table in TABLES for name, make in table.items()}

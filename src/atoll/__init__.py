@@ -21,7 +21,7 @@ TYPE_CHECKING = False  # an import of typing would take a third of the time of `
 if TYPE_CHECKING:
     from typing import Any
 
-    from atoll import data, models, recipes
+    from atoll import data, models, recipes, track
     from atoll.base.errors import AtollError, Note, RunError, UsageError
     from atoll.base.random import Key
     from atoll.compute.loss import Loss
@@ -78,10 +78,11 @@ __all__ = [
     "serve",
     "step",
     "sweep",
+    "track",
     "train",
 ]
 
-_MODULES = {"data", "models", "privacy", "recipes"}
+_MODULES = {"data", "models", "privacy", "recipes", "track"}
 _WHERE = {
     "atoll.base.errors": ("AtollError", "Note", "RunError", "UsageError"),
     "atoll.plan.plan": ("Plan",),

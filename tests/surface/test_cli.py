@@ -128,6 +128,7 @@ def test_help_names_every_command_and_every_flag(atoll):
         "show",
         "ui",
         "tag",
+        "track",
         "compare",
         "replay",
         "lr",

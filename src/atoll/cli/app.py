@@ -19,7 +19,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from atoll import __version__
 from atoll.base.errors import AtollError, Note, UsageError
 from atoll.base.lines import quoted
-from atoll.cli.options import GROUPS, Client, ClientOptions, Json, Out, Quiet, Trust, flag, switch
+from atoll.cli.options import GROUPS, Client, ClientOptions, Json, Out, Quiet, Track, Trust, flag, switch, trackers
 from atoll.training.setting_texts import DATA, OUTPUT, RUNNING
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def resume(
         bool, switch(RUNNING, "Resume a run that other versions wrote.", "ATOLL_ANY_VERSION")
     ] = False,
     trust: Trust = False,
+    track: Track = None,
     as_json: Json = False,
     quiet: Quiet = False,
     out: Out = None,
@@ -137,7 +138,7 @@ def resume(
     _refuse_served(path)
     total = folders.rounds_to_run(path, rounds, more)
     it = Experiment.read(path, trust=trust).override(rounds=total)
-    return run_training(it, Look(as_json, quiet), resume=path, any_version=any_version)
+    return run_training(it, Look(as_json, quiet, trackers=trackers(track)), resume=path, any_version=any_version)
 
 
 @_command(INSPECT, 3)
@@ -152,6 +153,27 @@ def runs(*, out: Out = None, as_json: Json = False) -> int:
         output.print_json(found)
     else:
         print(show.listing(found) if found else f"No runs in {parent} yet.  Write: atoll run")
+    return 0
+
+
+@_command(INSPECT, 4, "track")
+def track_command(
+    run: str,
+    /,
+    *,
+    to: Annotated[str, flag(OUTPUT, "The tracker: mlflow, tensorboard or wandb.")],
+    out: Out = None,
+) -> int:
+    """Send a run that has ended to a tracker.
+
+    Parameters
+    ----------
+    run
+        Its name, a prefix or suffix of it, its path, or latest.
+    """
+    from atoll.track.tracking import send_run, tracker
+
+    send_run(_find(run, out), tracker(to))
     return 0
 
 

@@ -6,11 +6,14 @@ Tests: tests/surface/test_cli.py
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
 from atoll.training.setting_texts import DATA, GROUP_NAMES, OUTPUT, RUNNING
+
+if TYPE_CHECKING:
+    from atoll.track.tracking import Tracker
 
 GROUPS = {name: Group.create_ordered(name) for name in GROUP_NAMES}
 
@@ -41,10 +44,22 @@ class ClientOptions:
     client: Client = None
 
 
+def trackers(texts: list[str] | None) -> tuple[Tracker, ...]:
+    """The trackers of `--track`."""
+    if not texts:
+        return ()
+    from atoll.track.tracking import tracker
+
+    return tuple(tracker(text) for text in texts)
+
+
 Out = Annotated[str | None, flag(OUTPUT, "The parent of run folders. Default: runs.")]
 Json = Annotated[bool, switch(OUTPUT, "One JSON object on stdout.", "ATOLL_JSON", "--json")]
 Lines = Annotated[bool, switch(OUTPUT, "One JSON object a line on stdout.", "ATOLL_JSON", "--json")]
 Quiet = Annotated[bool, switch(OUTPUT, "No progress, only the result.", "ATOLL_QUIET")]
+Track = Annotated[
+    list[str] | None, switch(OUTPUT, "Send the run to mlflow, tensorboard or wandb. May be repeated.", "ATOLL_TRACK")
+]
 Trust = Annotated[
     bool, switch(RUNNING, "Import code that a found file or a run folder names as module:name.", "ATOLL_TRUST")
 ]

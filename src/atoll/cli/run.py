@@ -17,6 +17,7 @@ from atoll.cli import output
 
 if TYPE_CHECKING:
     from atoll.runs.events import Observer, Run
+    from atoll.track.tracking import Tracker
     from atoll.training.experiment import Experiment
 
 
@@ -24,28 +25,29 @@ if TYPE_CHECKING:
 class Look:
     """The output of a command: `--json` prints one object on stdout, `--quiet` no progress on stderr.
 
-    `title` and `tags` are the labels of each new run.
+    `title` and `tags` are the labels of each new run, `trackers` receive its rounds.
     """
 
     as_json: bool
     quiet: bool
     title: str | None = None
     tags: tuple[str, ...] = ()
+    trackers: tuple[Tracker, ...] = ()
 
     @contextlib.contextmanager
-    def observers(self) -> Iterator[list[Observer]]:
+    def observers(self) -> Iterator[list[Observer | Tracker]]:
         """The observers of a training. The terminal is restored at the end, also after an error."""
         from atoll.cli.ui import LabelWriter
 
         labels = LabelWriter(self.title, self.tags)
         if self.quiet:
-            yield [labels]
+            yield [labels, *self.trackers]
             return
         from atoll.report.live import LiveTable
 
         with LiveTable(plain=True if self.as_json else None, summary=self.as_json) as table, warnings.catch_warnings():
             warnings.simplefilter("ignore", Note)  # the table prints each note
-            yield [labels, table]
+            yield [labels, table, *self.trackers]
 
 
 def prints(it: Experiment) -> bool:

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from atoll.base.errors import UsageError
 from atoll.base.lines import Line
 from atoll.cli.flags import ExperimentFlags
-from atoll.cli.options import GROUPS, Json, Quiet, Trust, flag, switch
+from atoll.cli.options import GROUPS, Json, Quiet, Track, Trust, flag, switch, trackers
 from atoll.training.setting_texts import OUTPUT, RUNNING
 
 
@@ -27,6 +27,7 @@ def run(
     smoke: Annotated[bool, switch(RUNNING, "Try each stage once, in a temporary folder.", "ATOLL_SMOKE")] = False,
     title: Annotated[str | None, flag(OUTPUT, "A title of the run, for the page and for lists.")] = None,
     tag: Annotated[list[str] | None, flag(OUTPUT, "A tag of the run. May be repeated.")] = None,
+    track: Track = None,
     ui: Annotated[bool, switch(OUTPUT, "Serve the page while the run goes on.", "ATOLL_UI")] = False,
     trust: Trust = False,
     as_json: Json = False,
@@ -42,7 +43,7 @@ def run(
     from atoll.cli import run
 
     it = flags.checked(experiment, trust)
-    look = run.Look(as_json, quiet, title, tuple(tag or ()))
+    look = run.Look(as_json, quiet, title, tuple(tag or ()), trackers(track))
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}.", "at least one.", write=Line(shell="--seeds 5"))
     if smoke:

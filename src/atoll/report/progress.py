@@ -12,7 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from atoll.base.errors import Note, UsageError, unknown_name
 from atoll.base.lines import Line
@@ -131,17 +131,28 @@ class HtmlProgress:
         self._show(html_table(f"training on {self._training.data.name}; * the best", rows, below))
 
 
+@runtime_checkable
+class Closes(Protocol):
+    """A view with something to close."""
+
+    def close(self) -> None: ...
+
+
 class Mirror:
     """An observer whose errors do not reach the training: the first one becomes a note, and the view ends.
 
     Args:
         view: the observer.
         note: receives the text of the note.
+        name: the name of the view in the note.
+        must_start: whether an error at the start reaches the training, so that it is refused before round 0.
     """
 
-    def __init__(self, view: Observer, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, view: Observer, note: Callable[[str], None], name: str = "progress view", must_start: bool = False
+    ) -> None:
         self._view: Observer | None = view
-        self._note = note
+        self._note, self._name, self._must_start = note, name, must_start
 
     def _call(self, act: Callable[[Observer], None]) -> None:
         if self._view is None:
@@ -150,12 +161,15 @@ class Mirror:
             act(self._view)
         except Exception as error:
             self._view = None
-            text = f"The progress view failed and ended: {type(error).__name__}: {error}"
+            text = f"The {self._name} failed and ended: {type(error).__name__}: {error}"
             warnings.warn(Note(text), stacklevel=2)
             self._note(text)
 
     def start(self, training: TrainingView, path: Path | None) -> None:
-        self._call(lambda view: view.start(training, path))
+        if self._must_start and self._view is not None:
+            self._view.start(training, path)
+        else:
+            self._call(lambda view: view.start(training, path))
 
     def round(self, report: Report) -> None:
         self._call(lambda view: view.round(report))
@@ -164,6 +178,7 @@ class Mirror:
         self._call(lambda view: view.end(run))
 
     def close(self) -> None:
-        """Give the terminal back after an error of the training."""
-        if isinstance(self._view, LiveTable):
-            self._view.close()
+        """Close the view after an error of the training: a table gives the terminal back, a tracker ends its run."""
+        view = self._view
+        if isinstance(view, Closes):
+            self._call(lambda _: view.close())

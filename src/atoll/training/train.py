@@ -23,6 +23,7 @@ from atoll.plan.plan import Plan
 from atoll.report.export import chart_formats
 from atoll.report.progress import Mirror, Progress, progress_view
 from atoll.runs.events import AnyObserver, Observer, Run, whole_observers
+from atoll.track.tracking import Tracker, Tracking, check_trackers
 from atoll.training.privacy import refuse_baselines
 from atoll.training.recorder import Recorder, find_interrupted
 from atoll.training.rounds import Training
@@ -38,7 +39,7 @@ def train(
     *,
     out: str | Path | None = "runs",
     baselines: bool = False,
-    observers: Sequence[AnyObserver] = (),
+    observers: Sequence[AnyObserver | Tracker] = (),
     progress: Progress = "auto",
     config: str | None = None,
     resume: str | Path | None = None,
@@ -58,7 +59,8 @@ def train(
         out: the parent of the run folder; None writes no file.
         baselines: whether pooled and local-only models are trained for comparison.
         observers: are called at the start, after every round and at the end: objects with any of `start`, `round`
-            and `end`, or functions of a `Report`. With `out=None` the path that `start` receives is None.
+            and `end`, functions of a `Report`, or trackers such as `atoll.track.MLflow()`. With `out=None` the path
+            that `start` receives is None, and a tracker is refused. An error of a tracker becomes a note of the run.
         progress: "table", "html", "none", or "auto": HTML in a notebook, a table on a terminal, else nothing. It is
             not part of the settings of the run.
         config: the text of config.toml; None: the text is made from the arguments.
@@ -82,7 +84,10 @@ def train(
         >>> run.rounds, sorted(run.metrics)
         (2, ['accuracy', 'balanced_accuracy', 'gradient_norm', 'held_out_loss', 'loss', 'lr'])
     """
-    view, watching = progress_view(progress, observers), whole_observers(observers)
+    trackers = [each for each in observers if isinstance(each, Tracker)]
+    view = progress_view(progress, observers)
+    watching = whole_observers([each for each in observers if not isinstance(each, Tracker)])
+    check_trackers(trackers, out is None and resume is None)
     formats = chart_formats(plots)
     resume = _run_of(resume, out, more)
     wanted: Mapping[str, Any] = settings if resume is None else settings_for_resume(resume, settings, more)
@@ -92,7 +97,7 @@ def train(
     try:
         if not training.engine.primary:
             # The primary process writes and prints.
-            out, resume, view, watching, baselines = None, None, None, (), False
+            out, resume, view, watching, baselines, trackers = None, None, None, (), False, []
         elif resume is None and out is not None:
             resume = find_interrupted(training, out)
         recorder = Recorder(
@@ -100,6 +105,7 @@ def train(
         )
         recorder.begin(resume, any_version)
         mirrors = [] if view is None else [Mirror(view, recorder.note)]
+        mirrors += [Mirror(Tracking(t), recorder.note, f"tracker {type(t).__name__}", True) for t in trackers]
         interrupted = run_rounds(training, recorder, (*watching, *mirrors))
     except BaseException as error:
         for mirror in mirrors:
