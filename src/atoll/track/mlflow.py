@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atoll.data.columns import NumberColumn, TextColumn
-from atoll.data.input import Input
+from atoll.data.input import Input, NumberColumn, TextColumn
 from atoll.runs.folder import library_versions
 from atoll.track.tracking import Rows, RunFiles, refuse_missing
 
