@@ -143,6 +143,10 @@ OURS = {
             (aggregate.Krum, [{"f": 0}]),
             (aggregate.GeometricMedian, [{}]),
             (aggregate.CenteredClip, [{"tau": 1.0}]),
+            (aggregate.Bulyan, [{"f": 1}]),
+            (aggregate.DnC, [{"f": 1}]),
+            (aggregate.FLTrust, [{"client": 2}]),
+            (aggregate.Bucketing, [{"s": 2}]),
             (aggregate.NormBound, [{"r": 1.0}, {"r": 1.0, "of": aggregate.Median()}]),
         )
         for words in choices
@@ -201,6 +205,7 @@ OURS = {
         partition.FeatureShift(noise=0.1),
         partition.FeatureShift(rotation=30, noise=0.1),
         partition.ByColumn(),
+        partition.LabelFlip(0.3, partition.Dirichlet(0.5)),
     ],
 }
 PAIRS = [(check, part) for check, parts in OURS.items() for part in parts]

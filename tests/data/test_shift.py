@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atoll.base.errors import UsageError
 from atoll.base.random import Key
-from atoll.data import FeatureShift, arrays, load
+from atoll.data import ByColumn, Dirichlet, FeatureShift, LabelFlip, arrays, load
 from atoll.data.shift import rotate
 
 sides = st.integers(1, 9)
@@ -73,3 +74,33 @@ def test_another_seed_is_other_noise_and_held_out_rows_have_none():
     held = torch.arange(10)
     assert torch.equal(one.held().take(held)[0], load("digits").split(5).held().take(held)[0])
     assert one.take(rows[:0])[0].shape == (0, 1, 8, 8)
+
+
+def test_labels_of_a_share_of_clients_are_flipped():
+    """Attackers have class 9 − y in training and in the counts of classes; held-out rows keep their labels."""
+    flipped, plain = (digits().split(10, by, seed=4) for by in (LabelFlip(0.3, Dirichlet(1.0)), Dirichlet(1.0)))
+    assert torch.equal(flipped.order, plain.order) and torch.equal(flipped.offsets, plain.offsets)
+    changed = []
+    for client in range(10):
+        rows = plain.client_rows(client)
+        (x, y), (z, label) = flipped.take(rows), plain.take(rows)
+        assert torch.equal(x, z) and (torch.equal(y, label) or torch.equal(y, 9 - label))
+        assert torch.equal(flipped.rows.targets()[rows], y)
+        changed.append(not torch.equal(y, label))
+    assert sum(changed) == 3
+    every = torch.arange(len(plain.held_out))
+    assert torch.equal(flipped.held_out.take(every)[1], plain.held_out.take(every)[1])
+    assert flipped.held_view is plain.held_view is None
+    none = digits().split(10, LabelFlip(0.0, Dirichlet(1.0)), seed=4)
+    assert torch.equal(none.rows.targets(), plain.rows.targets())
+    assert LabelFlip(0.2, ByColumn()).natural and LabelFlip(0.2, Dirichlet(1.0)).draws == Dirichlet(1.0).draws
+
+
+def test_a_flip_that_cannot_be_is_refused():
+    for make, words in (
+        (lambda: digits().split(4, LabelFlip(0.2)), "at least one client, 0.25"),
+        (lambda: load("diabetes").split(4, LabelFlip(0.3)), "one class per row"),
+        (lambda: LabelFlip(0.2, LabelFlip()), "another partition"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            make()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from atoll.base.lines import Split
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields
 from atoll.data.rows import Rows
-from atoll.data.shift import ShiftedRows
+from atoll.data.shift import FlippedRows, ShiftedRows
 
 
 class Pool(NamedTuple):
@@ -66,6 +66,10 @@ class Partition:
             key: the key of the random numbers.
         """
         return rows
+
+    def held_view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
+        """Return held-out rows as their clients see them. The arguments are those of `view`."""
+        return self.view(rows, owner, clients, key)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -403,6 +407,67 @@ class ByColumn(Partition):
         return pool.by
 
 
+@dataclass(frozen=True, repr=False)
+class LabelFlip(Partition):
+    """Simulates clients that train with wrong labels: class y of C becomes C − 1 − y.
+
+    The attackers are ⌊share · clients⌋ clients, drawn by the seed. They train and send as all clients do, so each rule
+    and each engine can meet them. Held-out rows keep their labels.
+
+    Args:
+        share: the share of attackers, in [0, 0.5); 0 changes no label.
+        of: the partition that assigns the rows.
+    Raises:
+        UsageError: the share is out of range or less than one client, or rows have no class.
+    Example:
+        >>> LabelFlip(0.2, Dirichlet(1.0))
+        LabelFlip(of=Dirichlet(1.0))
+
+    Reference: Fang, Cao, Jia, Gong, Local Model Poisoning Attacks to Byzantine-Robust Federated Learning, 2020.
+    """
+
+    share: float = bounded_number(0.2, least=0, below=0.5, why="no rule withstands a majority of attackers.")
+    of: Partition = field(default_factory=IID)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not isinstance(self.of, Partition) or isinstance(self.of, LabelFlip):
+            raise UsageError(
+                f"LabelFlip({self.share!r}, {self.of!r:.60}).",
+                "another partition.",
+                write=f"LabelFlip({self.share!r}, IID())",
+            )
+        for name in ("natural", "draws"):
+            object.__setattr__(self, name, getattr(self.of, name))
+
+    def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
+        if pool.labels is None or pool.labels.dim() > 1:
+            raise _refuse(self, clients, "one class per row.", "it changes the class of rows.", self.of)
+        if self.share and not self.share * clients + 1e-9 >= 1:
+            required = f"a share of at least one client, {1 / clients:.3g}."
+            why = "the result would look like that of a rule that withstands the attack."
+            write = LabelFlip(math.ceil(100 / clients) / 100 if clients > 2 else 0.0, self.of)
+            raise _refuse(self, clients, required, why, write)
+        return self.of(pool, clients, key)
+
+    def attackers(self, clients: int, key: Key) -> Tensor:
+        """The numbers of the attackers, int64, ascending.
+
+        Args:
+            clients: the number of clients.
+            key: that of `view`.
+        """
+        count = math.floor(self.share * clients + 1e-9)
+        return key.fold("label flip").permutation(clients)[:count].sort().values
+
+    def view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
+        seen = self.of.view(rows, owner, clients, key)
+        return FlippedRows(seen, torch.isin(owner, self.attackers(clients, key)), int(rows.targets().max()) + 1)
+
+    def held_view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
+        return self.of.held_view(rows, owner, clients, key)
+
+
 PARTITIONS: Mapping[str, type[Partition]] = {
-    kind.__name__: kind for kind in (IID, Dirichlet, Pathological, Shards, Quantity, FeatureShift, ByColumn)
+    kind.__name__: kind for kind in (IID, Dirichlet, Pathological, Shards, Quantity, FeatureShift, ByColumn, LabelFlip)
 }

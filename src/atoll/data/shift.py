@@ -1,4 +1,4 @@
-"""Feature skew: rotation of images and added noise that differ from client to client.
+"""Rows that differ from client to client: rotated images, added noise, and flipped labels.
 
 Tests: tests/data/test_shift.py, tests/data/test_partition.py.
 """
@@ -92,3 +92,29 @@ class ShiftedRows:
 
     def targets(self) -> Tensor:
         return self.rows.targets()
+
+
+@dataclass(frozen=True, eq=False)
+class FlippedRows:
+    """Rows of which some have flipped labels: class y of C becomes C − 1 − y.
+
+    Args:
+        rows: the rows, with one class each.
+        flipped: whether a row has its label flipped, bool `[rows]`.
+        classes: C, the number of classes.
+    """
+
+    rows: Rows
+    flipped: Tensor
+    classes: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = self.rows.take(index)
+        return x, torch.where(self.flipped[index], self.classes - 1 - y, y)
+
+    def targets(self) -> Tensor:
+        y = self.rows.targets()
+        return torch.where(self.flipped, self.classes - 1 - y, y)

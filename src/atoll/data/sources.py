@@ -217,7 +217,9 @@ class Source:
             lacking = int((judges[judges >= 0].bincount(minlength=count) == 0).sum())
             if lacking and partition.natural:
                 notes = (*notes, f"{lacking} of {count} clients have no held-out rows.")
-        seen = judge if judge is None or judges is None else partition.view(judge, judges, count, key.fold("judges"))
+        seen = (
+            judge if judge is None or judges is None else partition.held_view(judge, judges, count, key.fold("judges"))
+        )
         return Clients(
             name=self.name,
             rows=partition.view(rows, whose, count, key.fold("shift")),

@@ -909,6 +909,11 @@ class Aggregator(Protocol):
         return False
 
     @default
+    def needs_population(self) -> bool:
+        """Whether the rule needs all clients of the population, which an open run does not know."""
+        return False
+
+    @default
     def secure(self) -> Any:
         """The secure sum by which the contributions are added; None: the server receives each contribution."""
         return None
@@ -951,6 +956,24 @@ class Aggregator(Protocol):
             chance: the probability that a client is selected, as in `Cohort`.
         """
         return self
+
+    def server(self, layout: Layout) -> Tensors:
+        """The server state before the first round. It is not broadcast."""
+        return {}
+
+    def in_round(self, server: Tensors, key: Key) -> Aggregator:
+        """A copy for the totals of one round, which knows the server state and the key of its random numbers."""
+        return self
+
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo) -> Tensors:
+        """The server state after the round.
+
+        Args:
+            total: the sum of all totals of the round, before the server's half of the codec and of the local part.
+            server: the server state before the round.
+            info: facts of the round.
+        """
+        return server
 
     def weigh(self, clients: Tensor, rows: Tensor) -> Tensor:
         """The weight of each contribution in the aggregate, int64 `[K]`.

@@ -477,9 +477,9 @@ def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
 
     If clients send their models, Σ wᵢ (θ_b − θᵢ) becomes Σ wᵢ (θ − θᵢ). The server knows θ_b and Σ wᵢ.
     """
-    totals = []
+    totals, rule = [], plan.aggregator.in_round(state.server["aggregator"], state.key().fold("aggregate"))
     for version, partial in sorted(gathered.partials.items()):
-        total = plan.aggregator.total(partial)
+        total = rule.total(partial)
         if "update" in total.means:
             update = total.means["update"]
             if plan.codec.per_sum:
@@ -520,13 +520,17 @@ def _sum_of(a: Tensors, b: Tensors) -> dict[str, Tensor]:
 
 
 def server_update(plan: Plan, total: Total, state: State, info: RoundInfo, key: Key) -> tuple[Total, Shared]:
-    """Apply the server half of the codec, then that of the local part, once per round, to the exact total."""
+    """Apply the server half of the codec, then that of the local part, once per round, to the exact total.
+
+    The state of the aggregator is made from the total before them.
+    """
     if plan.releases:
         total, info = _without_counts(total, info, state)
+    rule = plan.aggregator.server_update(total, state.server["aggregator"], info)
     codec_info, local_info = (info._replace(entropy=info.entropy.fold(part)) for part in ("codec", "local"))
     total, codec = plan.codec.server_update(total, state.server["codec"], codec_info, key.fold("settle codec"))
     total, local = plan.local.server_update(total, state.server["local"], local_info, key.fold("settle local"))
-    return total, {"local": local, "codec": codec}
+    return total, {"local": local, "codec": codec, "aggregator": rule}
 
 
 def _without_counts(total: Total, info: RoundInfo, state: State) -> tuple[Total, RoundInfo]:

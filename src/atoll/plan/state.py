@@ -21,6 +21,7 @@ from atoll.plan.in_flight import InFlight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Shared, Tensors
 
+SHARED = ("local", "codec")  # the parts whose public server state is broadcast
 _version_of = operator.itemgetter(1)  # of a flight; half the time of attribute access
 
 
@@ -74,7 +75,7 @@ class State:
         seed: the seed from which the keys of all random numbers derive.
         model: θ, buffers, counters and fixed tensors.
         optimizer: the state of the server optimizer.
-        server: the server state of the local part and of the codec.
+        server: the server state of the local part, of the codec and of the aggregator.
         memory: the client memory.
         air: the clients in flight: they have started and have not arrived.
         versions: the broadcasts that clients in flight started from; the keys are model versions.
@@ -98,6 +99,7 @@ class State:
         if layout is not task.layout:
             model = split_of(task.layout, layout).shared(model)
         parts = {"local": plan.local.server(layout), "codec": plan.codec.server(layout)}
+        parts["aggregator"] = plan.aggregator.server(layout)
         server = {part: {n: t.to(task.device) for n, t in tensors.items()} for part, tensors in parts.items()}
         return cls(0, seed, model, plan.optimizer.init(model.theta), server, memory)
 
@@ -109,7 +111,7 @@ class State:
     def broadcast(self) -> Broadcast:
         """The broadcast that clients receive if they start in the next round."""
         model = self.model if self.sent is None else self.model._replace(theta=self.sent.theta)
-        return Broadcast(self.round, model, {part: public(tensors) for part, tensors in self.server.items()})
+        return Broadcast(self.round, model, {part: public(self.server[part]) for part in SHARED})
 
     def version(self, round: int) -> Broadcast:
         """The broadcast that clients received, or will receive, if they start in round `round`."""
@@ -143,7 +145,7 @@ def pack_broadcast(broadcast: Broadcast) -> dict[str, Tensor]:
 def unpack_broadcast(round: int, tensors: Mapping[str, Tensor]) -> Broadcast:
     """The inverse of `pack_broadcast`; the tensors are views."""
     groups: dict[str, dict[str, Tensor]] = {"counter": {}, "fixed": {}}
-    shared: dict[str, dict[str, Tensor]] = {"local": {}, "codec": {}}
+    shared: dict[str, dict[str, Tensor]] = {part: {} for part in SHARED}
     for path, t in tensors.items():
         kind, _, name = path.partition("/")
         if kind in groups:

@@ -5,7 +5,7 @@ Tests: tests/faults/test_folder.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from atoll.base.names import under, without_prefix
 from atoll.compute.model_state import Model
 from atoll.plan.in_flight import Flight, InFlight
 from atoll.plan.protocols import Broadcast, Shared
-from atoll.plan.state import DownlinkState, State
+from atoll.plan.state import SHARED, DownlinkState, State
 
 _WHOLE = torch.int64
 
@@ -64,7 +64,7 @@ def state_from_tensors(tensors: Mapping[str, Tensor], round: int, at: State) -> 
     tensors = {n: t.to(device) if _computed(n, t) else t for n, t in tensors.items()}
     versions = {
         version: Broadcast(
-            version, _read(tensors, f"version/{version}"), _parts(tensors, f"version/{version}/shared", at.server)
+            version, _read(tensors, f"version/{version}"), _parts(tensors, f"version/{version}/shared", SHARED)
         )
         for version in sorted({int(n.split("/")[1]) for n in tensors if n.startswith("version/")})
     }
@@ -114,7 +114,7 @@ def _shared(group: str, shared: Shared) -> dict[str, Tensor]:
     return {name: t for part, tensors in shared.items() for name, t in under(f"{group}/{part}/", tensors).items()}
 
 
-def _parts(tensors: Mapping[str, Tensor], group: str, like: Shared) -> dict[str, dict[str, Tensor]]:
+def _parts(tensors: Mapping[str, Tensor], group: str, like: Iterable[str]) -> dict[str, dict[str, Tensor]]:
     return {part: without_prefix(tensors, f"{group}/{part}/") for part in like}
 
 

@@ -18,14 +18,18 @@ from atoll.plan.aggregate.mean import Mean, PartialSum, Sum
 from atoll.plan.aggregate.ring import Masks
 from atoll.plan.aggregate.robust import (
     ROBUST,
+    Bucketing,
+    Bulyan,
     CenteredClip,
+    DnC,
+    FLTrust,
     GeometricMedian,
     Krum,
     Median,
     NormBound,
     TrimmedMean,
 )
-from atoll.plan.aggregate.rows import RowRule
+from atoll.plan.aggregate.rows import RowFacts, RowRule
 
 __all__ = [
     "ALIE",
@@ -33,9 +37,13 @@ __all__ = [
     "ROBUST",
     "Attack",
     "Attacked",
+    "Bucketing",
+    "Bulyan",
     "CenteredClip",
     "Claim",
     "Combine",
+    "DnC",
+    "FLTrust",
     "Gaussian",
     "GeometricMedian",
     "InnerProduct",
@@ -45,6 +53,7 @@ __all__ = [
     "Median",
     "NormBound",
     "PartialSum",
+    "RowFacts",
     "RowRule",
     "SignFlip",
     "Sum",

@@ -16,6 +16,7 @@ Tests: tests/identities/test_attacks.py
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -30,9 +31,11 @@ from atoll.base.grammar import constructor
 from atoll.base.lines import Part
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields
+from atoll.compute.layout import Layout
 from atoll.plan.aggregate import exact
+from atoll.plan.aggregate.robust import FLTrust
 from atoll.plan.aggregate.rows import PartialRows, RowRule
-from atoll.plan.protocols import Aggregator, Conflict, Contribution, Ids, Population, RoundInfo, Slots, Total
+from atoll.plan.protocols import Aggregator, Conflict, Contribution, Ids, Population, RoundInfo, Slots, Tensors, Total
 
 
 class Attack:
@@ -183,7 +186,8 @@ ATTACKS = (SignFlip, Gaussian, ALIE, InnerProduct, Claim)
 class Attacked(RowRule):
     """Another rule in a simulation in which a share of the clients attacks.
 
-    The attackers are ⌊share · C⌋ of the C clients, drawn by the seed; they are the same in every round. They train as
+    The attackers are ⌊share · C⌋ of the C clients, drawn by the seed, without the trusted client of `FLTrust`; they are
+    the same in every round. They train as
     all clients do. Then their updates are those of the attack; their buffers and metrics are their own. The attack
     acts on decoded updates.
 
@@ -261,9 +265,24 @@ class Attacked(RowRule):
             )
         bound = super().bind(population, chance)
         object.__setattr__(bound, "of", self.of.bind(population, chance))
-        drawn = Key(self.seed).fold("attackers").permutation(clients)[:count]
-        object.__setattr__(bound, "_attackers", drawn.sort().values)
+        drawn = Key(self.seed).fold("attackers").permutation(clients)
+        drawn = drawn[drawn != self.of.client] if isinstance(self.of, FLTrust) else drawn
+        object.__setattr__(bound, "_attackers", drawn[:count].sort().values)
         return bound
+
+    def server(self, layout: Layout) -> Tensors:
+        """That of the rule."""
+        return self.of.server(layout)
+
+    def in_round(self, server: Tensors, key: Key) -> Self:
+        """A copy whose rule knows the server state and the key of a round."""
+        bound = copy.copy(self)
+        object.__setattr__(bound, "of", self.of.in_round(server, key))
+        return bound
+
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo) -> Tensors:
+        """That of the rule."""
+        return self.of.server_update(total, server, info)
 
     def weigh(self, clients: Tensor, rows: Tensor) -> Tensor:
         """The weight that the rule gives to honest contributions, int64 `[K]`."""

@@ -9,7 +9,11 @@ Every rule counts clients, not rows: a claimed number of rows has no influence. 
 | `Krum(f, m)` | f, n ≥ 2f + 3 | the m contributions with the nearest neighbours |
 | `GeometricMedian()` | fewer than n/2 | the point with the least sum of distances |
 | `CenteredClip(tau)` | few | each moves the result by at most tau/n in a step |
+| `Bulyan(f)` | f, n ≥ 4f + 3 | repeated Krum, then values next to the median |
+| `DnC(f)` | f, n > 2f | without the f furthest along the main direction |
+| `FLTrust(client)` | all but the trusted client | by direction, relative to the trusted client |
 | `NormBound(r, rule)` | few | each row is scaled to the norm r |
+| `Bucketing(s, rule)` | as the rule, of n/s buckets | the rule on means of random buckets |
 
 Tests: tests/identities/test_robust.py
 """
@@ -20,14 +24,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import floor
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from atoll.base.errors import UsageError
+from atoll.base.errors import RunError, UsageError
+from atoll.base.lines import Part
 from atoll.base.validation import bounded_number, check_fields
+from atoll.compute.layout import Layout
 from atoll.plan.aggregate.mean import Mean
-from atoll.plan.aggregate.rows import BLOCK, RowRule, squared_distances, weighted
+from atoll.plan.aggregate.rows import BLOCK, NO_FACTS, RowFacts, RowRule, squared_distances
+from atoll.plan.protocols import Population, RoundInfo, Tensors, Total
 
 _STEPS, _NEAR = 1000, 1e-12  # of the geometric median: the most steps, and the least relative change of the weights
 _AT_A_ROW = 1e-12  # a distance below this part of the largest one is 0
@@ -45,7 +53,7 @@ class Median(RowRule):
     Reference: Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, 2018.
     """
 
-    def rule(self, x: Tensor) -> Tensor:
+    def rule(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
         n = len(x)
         return _mean_of_ranks(x, (n - 1) // 2, n // 2 + 1)
 
@@ -70,7 +78,7 @@ class TrimmedMean(RowRule):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def rule(self, x: Tensor) -> Tensor:
+    def rule(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
         cut = floor(self.beta * len(x) + 1e-9)
         return _mean_of_ranks(x, cut, len(x) - cut)
 
@@ -109,14 +117,11 @@ class Krum(RowRule):
         f, m = min(self.f, (n - 3) // 2), min(self.m, n)
         return repr(Krum(f, m)) if f > 0 else super().for_rows(n)
 
-    def row_weights(self, x: Tensor) -> Tensor:
+    def row_weights(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
         distances = squared_distances(x).sort(1).values  # the first is 0, that of the row itself
         scores = distances[:, 1 : len(x) - self.f - 1].sum(1)
         best = scores.sort(stable=True).indices[: self.m]
         return torch.zeros_like(scores).index_fill_(0, best, 1.0 / self.m)
-
-    def rule(self, x: Tensor) -> Tensor:
-        return _by_weights(self, x)
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,7 +140,7 @@ class GeometricMedian(RowRule):
     Reference: Pillutla, Kakade, Harchaoui, Robust Aggregation for Federated Learning, 2022.
     """
 
-    def row_weights(self, x: Tensor) -> Tensor:
+    def row_weights(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
         squares = squared_distances(x)
         weights = squares.new_full((len(x),), 1.0 / len(x))
         smallest = squares.amax() * torch.finfo(torch.float64).eps ** 2
@@ -147,9 +152,6 @@ class GeometricMedian(RowRule):
             if float(change) < _NEAR:
                 break
         return weights
-
-    def rule(self, x: Tensor) -> Tensor:
-        return _by_weights(self, x)
 
 
 def _step_of_weiszfeld(squares: Tensor, distances: Tensor) -> Tensor:
@@ -180,10 +182,9 @@ def _step_of_weiszfeld(squares: Tensor, distances: Tensor) -> Tensor:
 class CenteredClip(RowRule):
     """Centered clipping: the mean of the updates, each clipped to the distance tau around the present result.
 
-    v ← v + (1/n) Σ (gᵢ − v)·min(1, tau/|gᵢ − v|),  five times, from the median of each coordinate
+    v ← v + (1/n) Σ (gᵢ − v)·min(1, tau/|gᵢ − v|),  five times, from the result of the last round
 
-    The paper starts at the result of the last round. Here the start is the median of this round, which needs no state
-    and is itself robust.
+    The first round starts at the median of each coordinate, and so do buffers.
 
     Args:
         tau: the radius of the clipping, > 0.
@@ -201,13 +202,22 @@ class CenteredClip(RowRule):
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def rule(self, x: Tensor) -> Tensor:
-        center = Median().rule(x)
+    def rule(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
+        last = facts.server.get("last", x[:0, 0])
+        center = last.to(x.device) if len(last) else Median().rule(x)
         for _ in range(_CLIPS):
             off = x.double() - center
             norms = torch.linalg.vector_norm(off, dim=1, keepdim=True)
             center = center + (off * (self.tau / norms.clamp(min=self.tau))).mean(0)
         return center
+
+    def server(self, layout: Layout) -> Tensors:
+        """The result of the last round, `[d]`; before the first round its length is 0."""
+        return {"last": torch.zeros(0, dtype=torch.float64)}
+
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo) -> Tensors:
+        """The result of this round, or the state before it if no contribution arrived."""
+        return {"last": total.means["update"] / total.weight} if "update" in total.means else server
 
 
 @dataclass(frozen=True, repr=False)
@@ -235,8 +245,7 @@ class NormBound(RowRule):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        of_rows = isinstance(self.of, RowRule) and type(self.of).rule is not RowRule.rule
-        if not of_rows and self.of != Mean("equal"):
+        if not takes_rows(self.of) and self.of != Mean("equal"):
             raise UsageError(
                 f"NormBound({self.r!r}, {self.of!r}).",
                 'a rule of atoll.plan.aggregate.robust, or Mean("equal").',
@@ -251,25 +260,319 @@ class NormBound(RowRule):
         inner = self.of.for_rows(n) if isinstance(self.of, RowRule) else repr(self.of)
         return f"NormBound({self.r!r}, {inner})"
 
-    def prepared(self, x: Tensor) -> Tensor:
+    def prepared(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
         norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
         scaled = x * (self.r / norms.clamp(min=self.r)).to(x)
-        return self.of.prepared(scaled) if isinstance(self.of, RowRule) else scaled
+        return self.of.prepared(scaled, facts) if isinstance(self.of, RowRule) else scaled
 
-    def row_weights(self, x: Tensor) -> Tensor | None:
+    def row_weights(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor | None:
         if isinstance(self.of, RowRule):
-            return self.of.row_weights(x)
+            return self.of.row_weights(x, facts)
         return torch.full((len(x),), 1.0 / len(x), dtype=torch.float64, device=x.device)
 
-    def rule(self, x: Tensor) -> Tensor:
-        return self.of.rule(x) if isinstance(self.of, RowRule) else x.double().mean(0)
+    def rule(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
+        return self.of.rule(x, facts) if isinstance(self.of, RowRule) else x.double().mean(0)
+
+    def server(self, layout: Layout) -> Tensors:
+        """That of the other rule."""
+        return self.of.server(layout)
+
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo) -> Tensors:
+        """That of the other rule."""
+        return self.of.server_update(total, server, info)
 
 
-ROBUST = (Median, TrimmedMean, Krum, GeometricMedian, CenteredClip, NormBound)
+@dataclass(frozen=True, repr=False)
+class Bucketing(RowRule):
+    """Another rule on the means of random buckets of s updates: buckets of unequal clients differ less than clients.
+
+    g = of(y₁, …, y_m),  yⱼ = the mean of the updates of bucket j,  m = ⌈n/s⌉
+
+    The buckets are drawn in each round. f attackers reach at most f buckets, so the other rule must withstand f of m.
+    Buffers have the same buckets.
+
+    Args:
+        s: the number of updates in a bucket, ≥ 1; 1 is the other rule itself.
+        of: the rule for the means: one of this module without knowledge of single clients.
+    Raises:
+        UsageError: s is out of range, the rule cannot take means, or a cohort has too few buckets for it.
+        RunError: a round has too few buckets for the rule.
+    Example:
+        >>> Bucketing(2, Median()).rule(torch.tensor([[1.0], [1.0], [3.0], [3.0]])) <= 3.0
+        tensor([True])
+
+    Reference: Karimireddy, He, Jaggi, Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing, 2022.
+    """
+
+    s: int = bounded_number(2, least=1, whole=True, example=2)
+    of: RowRule = field(default_factory=Median)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not takes_rows(self.of) or isinstance(self.of, (Bucketing, NormBound)):
+            raise UsageError(
+                f"Bucketing({self.s!r}, {self.of!r:.60}).",
+                "a rule of atoll.plan.aggregate.robust that sees rows only, such as Median().",
+                "the mean of a bucket is no update of a client. A bound on the norm goes outside: "
+                "NormBound(r, Bucketing(s, rule)).",
+                f"Bucketing({self.s!r}, Median())",
+            )
+
+    def least_rows(self) -> int:
+        return (self.of.least_rows() - 1) * self.s + 1
+
+    def for_rows(self, n: int) -> str:
+        return f"Bucketing({self.s!r}, {self.of.for_rows(-(-n // self.s))})"
+
+    def row_weights(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor | None:
+        bucket = self._buckets(len(x), facts).to(x.device)
+        weights = self.of.row_weights(_means(x, bucket), facts._replace(client=None))
+        return None if weights is None else weights[bucket] / bucket.bincount()[bucket]
+
+    def rule(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
+        means = _means(x, self._buckets(len(x), facts).to(x.device))
+        return self.of.rule(means, facts._replace(client=None))
+
+    def _buckets(self, n: int, facts: RowFacts) -> Tensor:
+        """The bucket of each row, int64 `[n]`."""
+        if self.s == 1:
+            return torch.arange(n)
+        return facts.key.fold("buckets").permutation(n) // self.s
+
+    def server(self, layout: Layout) -> Tensors:
+        """That of the other rule."""
+        return self.of.server(layout)
+
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo) -> Tensors:
+        """That of the other rule."""
+        return self.of.server_update(total, server, info)
 
 
-def _by_weights(rule: Krum | GeometricMedian, x: Tensor) -> Tensor:
-    return weighted(rule.row_weights(x), x)
+@dataclass(frozen=True, repr=False)
+class Bulyan(RowRule):
+    """Repeated selection by Krum, then in each coordinate the mean of the values next to the median.
+
+    θ = n − 2f updates are selected, each by the score of `Krum(f)` among the rest; g = the mean of the θ − 2f
+    values that are nearest to the median of the selected, coordinate by coordinate
+
+    Krum alone bounds the distance of the result, which one far coordinate can use up. Buffers are selected by
+    themselves.
+
+    Args:
+        f: the largest number of clients that may send arbitrary updates, ≥ 0; 0 is the mean.
+    Raises:
+        UsageError: f is out of range, or a cohort has fewer than 4f + 3 clients.
+        RunError: a round has fewer contributions.
+    Example:
+        >>> Bulyan(1).rule(torch.tensor([[1.0], [1.1], [900.0], [1.2], [0.9], [1.0], [1.0]]))
+        tensor([1.], dtype=torch.float64)
+
+    Reference: El Mhamdi, Guerraoui, Rouault, The Hidden Vulnerability of Distributed Learning in Byzantium, 2018.
+    """
+
+    f: int = bounded_number(least=0, whole=True, example=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def least_rows(self) -> int:
+        return 4 * self.f + 3 if self.f else 1
+
+    def for_rows(self, n: int) -> str:
+        f = (n - 3) // 4
+        return repr(Bulyan(f)) if f > 0 else super().for_rows(n)
+
+    def rule(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
+        rows = _by_scores(squared_distances(x), self.f, len(x) - 2 * self.f)
+        kept = len(rows) - 2 * self.f
+        out = torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
+        for first in range(0, x.shape[1], BLOCK):
+            some = x[rows, first : first + BLOCK].double().sort(0).values
+            median = (some[(len(rows) - 1) // 2] + some[len(rows) // 2]) / 2
+            near = (some - median).abs().sort(dim=0, stable=True).indices[:kept]
+            out[first : first + BLOCK] = some.gather(0, near).mean(0)
+        return out
+
+
+@dataclass(frozen=True, repr=False)
+class DnC(RowRule):
+    """Divide and conquer: the mean without the f updates that lie furthest along the main direction of their spread.
+
+    sᵢ = ⟨gᵢ − ḡ, v⟩²,  v the leading right singular vector of the centred updates, on some random coordinates
+
+    With several iterations the coordinates are drawn again, and an update must remain in each. Buffers are those of
+    the clients that remain.
+
+    Args:
+        f: the number of updates that an iteration removes, ≥ 0; 0 is the mean.
+        iterations: the number of draws of coordinates, ≥ 1. It removes at most f·iterations updates.
+        coordinates: the number of coordinates of a draw, ≥ 1; all if the model has no more.
+    Raises:
+        UsageError: a number is out of range, or a cohort has at most 2f or f·iterations clients.
+        RunError: a round has as few contributions.
+    Example:
+        >>> DnC(1).rule(torch.tensor([[1.0, 0.0], [1.0, 0.5], [900.0, 0.0], [1.0, 1.0]]))
+        tensor([1.0000, 0.5000], dtype=torch.float64)
+
+    Reference: Shejwalkar and Houmansadr, Manipulating the Byzantine: Optimizing Model Poisoning Attacks and Defenses
+        for Federated Learning, 2021.
+    """
+
+    f: int = bounded_number(least=0, whole=True, example=1)
+    iterations: int = bounded_number(1, least=1, whole=True)
+    coordinates: int = bounded_number(10_000, least=1, whole=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def least_rows(self) -> int:
+        return max(2, self.iterations) * self.f + 1
+
+    def for_rows(self, n: int) -> str:
+        f = (n - 1) // max(2, self.iterations)
+        return repr(DnC(f, self.iterations, self.coordinates)) if f > 0 else super().for_rows(n)
+
+    def row_weights(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
+        n, d = x.shape
+        kept = torch.ones(n, dtype=torch.float64, device=x.device)
+        for i in range(self.iterations if d > self.coordinates else 1):
+            some = x
+            if d > self.coordinates:
+                drawn = facts.key.fold("coordinates", i).distinct(self.coordinates, d)
+                some = x[:, drawn.sort().values.to(x.device)]
+            centred = some.double() - some.double().mean(0)
+            leading = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -1]  # ∝ the projections on v
+            kept[leading.square().sort(descending=True, stable=True).indices[: self.f]] = 0
+        return kept / kept.sum()
+
+
+@dataclass(frozen=True, repr=False)
+class FLTrust(RowRule):
+    """Updates weighted by their direction relative to that of one trusted client, and scaled to its length.
+
+    g = Σ tᵢ·gᵢ·|g₀|/|gᵢ| / Σ tᵢ,  tᵢ = max(0, cos(gᵢ, g₀)),  t₀ = 1
+
+    In the paper g₀ is an update of the server from rows of its own. Here it is that of a client, which counts as one
+    of the clients. Buffers have the weights tᵢ.
+
+    Args:
+        client: the number of the trusted client, ≥ 0. It must be in each cohort.
+    Raises:
+        UsageError: there is no such client, or the sampler may leave it out.
+        RunError: the contribution of the client is missing in a round.
+    Example:
+        >>> FLTrust(0).rule(torch.tensor([[2.0, 0.0], [9.0, 0.0], [-9.0, 0.0]]))
+        tensor([2., 0.], dtype=torch.float64)
+
+    Reference: Cao, Fang, Liu, Gong, FLTrust: Byzantine-robust Federated Learning via Trust Bootstrapping, 2021.
+    """
+
+    client: int = bounded_number(least=0, whole=True, example=0)
+    by_client = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def bind(self, population: Population, chance: Tensor) -> Self:
+        """A copy that knows the clients.
+
+        Raises:
+            UsageError: there is no such client, or the sampler may leave it out.
+        """
+        if self.client >= population.clients:
+            raise UsageError(
+                f"{self!r} with {population.clients} clients.",
+                f"the number of a client, from 0 to {population.clients - 1}.",
+                write=Part("FLTrust(0)", "aggregator"),
+            )
+        if float(chance[self.client] if chance.dim() else chance) < 1:
+            raise UsageError(
+                f"{self!r} with a sampler that may leave client {self.client} out of a round.",
+                "a sampler that selects the trusted client in each round.",
+                "the other updates are compared with that of the trusted client.",
+                Part("Everyone()", "cohort"),
+            )
+        return super().bind(population, chance)
+
+    def prepared(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
+        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
+        scale = torch.where(norms > 0, norms[self._trusted(x, facts)] / norms, 0.0)
+        return x * scale.to(x)
+
+    def row_weights(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
+        trusted = self._trusted(x, facts)
+        products = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        for first in range(0, x.shape[1], BLOCK):
+            some = x[:, first : first + BLOCK].double()
+            products += some @ some[trusted]
+        trust = (products / (norms * norms[trusted])).nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+        trust[trusted] = 1
+        weights: Tensor = trust / trust.sum()
+        return weights
+
+    def rule(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
+        return super().rule(self.prepared(x, facts), facts)
+
+    def _trusted(self, x: Tensor, facts: RowFacts) -> int:
+        """The row of the trusted client."""
+        client = torch.arange(len(x)) if facts.client is None else facts.client
+        found = (client == self.client).nonzero()[:, 0].tolist()
+        if not found:
+            raise RunError(
+                f"{self!r}: the contribution of client {self.client} is missing in a round.",
+                "the update of the trusted client in each round.",
+                "the other updates are compared with it.",
+            )
+        return int(found[0])
+
+
+ROBUST = (
+    *(Median, TrimmedMean, Krum, Bulyan, GeometricMedian, CenteredClip, DnC, FLTrust),
+    *(NormBound, Bucketing),
+)
+
+
+def takes_rows(rule: object) -> bool:
+    """Whether a rule computes a result from rows alone: not a function of the user, and no rule of single clients."""
+    if not isinstance(rule, RowRule) or rule.by_client:
+        return False
+    kind = type(rule)
+    return kind.rule is not RowRule.rule or kind.row_weights is not RowRule.row_weights
+
+
+def _means(x: Tensor, bucket: Tensor) -> Tensor:
+    """The mean of the rows of each bucket, `[m, length]`; x itself if each bucket has one row in the order of rows.
+
+    Args:
+        x: rows `[n, length]`.
+        bucket: int64 `[n]`, with each of 0, …, m − 1.
+    """
+    sizes = bucket.bincount()
+    if len(sizes) == len(bucket):
+        return x
+    shares = torch.zeros(len(sizes), len(x), dtype=torch.float64, device=x.device)
+    shares[bucket, torch.arange(len(x), device=x.device)] = 1.0 / sizes[bucket].double()
+    out = torch.empty(len(sizes), x.shape[1], dtype=torch.float64, device=x.device)
+    for first in range(0, x.shape[1], BLOCK):
+        out[:, first : first + BLOCK] = shares @ x[:, first : first + BLOCK].double()
+    return out
+
+
+def _by_scores(squares: Tensor, f: int, count: int) -> Tensor:
+    """The rows that Krum selects one after another, each among the rest, int64 `[count]`.
+
+    Args:
+        squares: squared distances between the rows, `[n, n]`.
+        f: the number of arbitrary rows.
+        count: the number of rows to select, ≤ n − 2f.
+    """
+    rest, chosen = list(range(len(squares))), []
+    for _ in range(count):
+        near = max(1, len(rest) - f - 2)
+        scores = squares[rest][:, rest].sort(1).values[:, 1 : near + 1].sum(1)
+        chosen.append(rest.pop(int(scores.sort(stable=True).indices[0])))
+    return torch.tensor(sorted(chosen), device=squares.device)
 
 
 def _mean_of_ranks(x: Tensor, first: int, end: int) -> Tensor:

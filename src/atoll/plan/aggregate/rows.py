@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Part
 from atoll.base.names import under, without_prefix
+from atoll.base.random import Key
 from atoll.compute.device import available
 from atoll.plan.aggregate.mean import Mean, PartialSum
 from atoll.plan.protocols import (
@@ -32,6 +33,7 @@ from atoll.plan.protocols import (
     Total,
     Weights,
 )
+from atoll.plan.schedule import NOTHING
 
 _MEMORY_PART = 0.5  # largest part of the free memory that the rows of a round may occupy as float64
 _NUMBERS = ("client", "repeat", "rows", "weights")
@@ -98,8 +100,25 @@ class PartialRows(Partial):
         return out
 
 
+class RowFacts(NamedTuple):
+    """The facts of the rows of a round, for a rule.
+
+    Args:
+        client: the client of each row, int64 `[n]`; None: client i for row i.
+        key: the key of all random numbers of the rule in the round. It is equal for all means of a contribution.
+        server: the server state of the rule; empty for other means than the update.
+    """
+
+    client: Tensor | None = None
+    key: Key = Key(0)
+    server: Tensors = NOTHING
+
+
+NO_FACTS = RowFacts()
+
+
 class RowRule(Aggregator):
-    """The base of rules that see the contribution of each client. A rule defines `rule`.
+    """The base of rules that see the contribution of each client. A rule defines `rule` or `row_weights`.
 
     The total is the result of the rule times the total weight, so that it is divided by the weight as under `Mean`.
     Sums, such as those of metrics, are exact sums.
@@ -108,30 +127,47 @@ class RowRule(Aggregator):
     weights: Weights = "equal"
     _mean: Mean = Mean("equal")  # of the sums; it also weighs the clients
     _cohort: int = 0  # the expected number of clients in a round; 0: unknown
+    _facts: RowFacts = NO_FACTS  # of the round
+    by_client = False  # whether the rule needs to know which client a row is from
 
-    def rule(self, x: Tensor) -> Tensor:
-        """The aggregate of the rows.
+    def rule(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
+        """The aggregate of the rows. The default is the weighted mean, with the weights of these rows.
 
         Args:
             x: the rows of a mean in the order of (client, repeat), `[n, length]`. It must not change.
+            facts: of the rows.
         Returns:
             Floats `[length]`.
         """
-        raise NotImplementedError
+        weights = self.row_weights(x, facts)
+        if weights is None:
+            raise NotImplementedError
+        return weighted(weights, x)
 
-    def prepared(self, x: Tensor) -> Tensor:
+    def prepared(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
         """The updates that the rule takes instead of the updates x, `[n, d]`. Other means remain as they are."""
         return x
 
-    def row_weights(self, x: Tensor) -> Tensor | None:
+    def row_weights(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor | None:
         """The weights of a rule that is a weighted mean of rows, float64 `[n]` with the sum 1; None: it is none.
 
         The weights are computed from the updates, and all means, such as buffers, get the same.
 
         Args:
             x: the updates in the order of (client, repeat), `[n, d]`. They must not change.
+            facts: of the rows.
         """
         return None
+
+    def in_round(self, server: Tensors, key: Key) -> Self:
+        """A copy that knows the server state and the key of a round."""
+        bound = copy.copy(self)
+        object.__setattr__(bound, "_facts", RowFacts(None, key, server))
+        return bound
+
+    def noted(self, contribution: Contribution) -> dict[str, Tensor]:
+        """Further numbers of each client that the rule keeps, tensors `[K]`."""
+        return {}
 
     def least_rows(self) -> int:
         """The smallest number of contributions with which the rule is defined."""
@@ -188,7 +224,7 @@ class RowRule(Aggregator):
                 self._check_memory(max(held + count, self._cohort), width, next(iter(kept.values())).device)
             weights = self.weigh(ids.client, contribution.weight)
             numbers = {"client": ids.client, "repeat": ids.repeat, "rows": contribution.weight, "weights": weights}
-            rows = {**under("means/", kept), **numbers}
+            rows = {**under("means/", kept), **numbers, **under("noted/", self.noted(contribution))}
             partial.blocks.append({n: t.clone() for n, t in rows.items()})
         return partial
 
@@ -210,11 +246,18 @@ class RowRule(Aggregator):
         if len(partial) < self.least_rows():
             raise RunError(*self._few(f"{len(partial)} contributions"))
         means, names = dict(total.means), partial.names
-        updates = self.prepared(partial.matrix("means/update")) if "update" in names else None
-        weights = None if updates is None else self.row_weights(updates)
+        facts = self._facts._replace(client=partial.matrix("client"))
+        others = facts._replace(server=NOTHING)
+        updates = self.prepared(partial.matrix("means/update"), facts) if "update" in names else None
+        weights = None if updates is None else self.row_weights(updates, facts)
         for name in names:
-            x = updates if name == "update" and updates is not None else partial.matrix(f"means/{name}")
-            result = self.rule(x) if weights is None else weighted(weights, x)
+            if weights is not None:
+                x = updates if name == "update" and updates is not None else partial.matrix(f"means/{name}")
+                result = weighted(weights, x)
+            elif name == "update" and updates is not None:
+                result = self.rule(updates, facts)
+            else:
+                result = self.rule(partial.matrix(f"means/{name}"), others)
             means[name] = result.double() * float(total.weight)
         return total._replace(means=means)
 
