@@ -29,6 +29,16 @@ def test_splitmix_gives_the_published_sequence():
     assert words == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
+@pytest.mark.parametrize("n", [5, 64, 72, 300, 20_000])
+def test_bits_of_every_length_are_words_of_philox(n):
+    """Short draws are computed by Python integers or NumPy."""
+    key = Key(2**63 + 5).fold("cohort", 3)
+    blocks, word = torch.arange(-(-n // 4)), key.word()
+    counter = torch.stack((blocks, *[torch.zeros_like(blocks)] * 3), -1)
+    words = philox(counter, torch.tensor([word & 0xFFFFFFFF, word >> 32]))
+    assert torch.equal(key.bits(n), words.flatten()[:n])
+
+
 def test_draws_stand_still():
     key = Key(7).fold("order", 3)
     assert key.permutation(8).tolist() == FROZEN["permutation"]

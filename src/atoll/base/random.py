@@ -38,7 +38,7 @@ _U64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _U32 = 0xFFFFFFFF
-_FEW = 64  # for at most this count of numbers, Python integers are faster than starting a torch kernel
+_FEW = 64  # for at most this count of numbers, Python integers are faster than NumPy
 _MOST = 1 << 62  # the integers below this number are equally likely values of a word
 _SHORT = 1 << 14  # for at most this count of words, NumPy or a dictionary is faster than torch
 
@@ -137,8 +137,8 @@ def _rounds(words: Any, keys: Any) -> Any:
     return c0, c1, c2, c3
 
 
-def _philox(block: int, word: int) -> tuple[int, int, int, int]:
-    """Compute `philox` of one block under a key of one 64-bit word, with Python integers."""
+def _philox(block: Any, word: int) -> tuple[Any, Any, Any, Any]:
+    """Compute `philox` of one block, a Python integer, or of uint64 blocks `[n]` under a key of one 64-bit word."""
     c0, c1, c2, c3, k0, k1 = block & _U32, block >> 32, 0, 0, word & _U32, word >> 32
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -263,9 +263,12 @@ class Key:
 
     def bits(self, n: int) -> Tensor:
         """Draw n 32-bit words by Philox, int64 `[..., n]` in [0, 2³²)."""
-        if self.clients is None and n <= _FEW:
-            word = self.word()
-            return torch.tensor([c for block in range(-(-n // 4)) for c in _philox(block, word)], dtype=torch.int64)[:n]
+        if self.clients is None and n <= _SHORT:
+            word, blocks = self.word(), -(-n // 4)
+            if n <= _FEW:
+                return torch.tensor([c for block in range(blocks) for c in _philox(block, word)], dtype=torch.int64)[:n]
+            words = np.stack(_philox(np.arange(blocks, dtype=np.uint64), word), -1).astype(np.int64)
+            return torch.from_numpy(words).flatten()[:n]
         state = self.state()
         key = torch.stack((state & _U32, _shift(state, 32)), -1)[..., None, :]
         block = torch.arange(-(-n // 4), device=state.device)
@@ -619,7 +622,24 @@ def user_modes() -> Iterator[None]:
         ...     torch.is_grad_enabled()
         True
     """
-    with _GENERATORS.own(), ExitStack() as stack:
+    with _GENERATORS.own():
+        if _modes_are_default():
+            yield
+            return
+        with _default_modes():
+            yield
+
+
+def _modes_are_default() -> bool:
+    """Whether `_default_modes` would change nothing. An empty tensor shows three modes in one call."""
+    made = torch.empty(0)
+    modes = torch.is_grad_enabled() and not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+    return modes and made.dtype == torch.float32 and made.is_cpu and not made.is_inference()
+
+
+@contextmanager
+def _default_modes() -> Iterator[None]:
+    with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         if not torch.is_grad_enabled():

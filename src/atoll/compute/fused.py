@@ -399,9 +399,9 @@ class FusedDescent:
     def _constant(self) -> Tensor | None:
         """The number that a step adds to the gradient, `[d]` or `[K, d]`."""
         rule = self._rule
-        if self._keep is None:
+        if self._keep is None or not rule.kappa:
             return rule.constant()
-        mu = (1.0 - self._keep) / rule.lr - rule.decay if rule.kappa else 0.0  # of the rounded factor of y
+        mu = (1.0 - self._keep) / rule.lr - rule.decay  # of the rounded factor of y
         return rule._replace(mu=mu).constant()
 
     @property
@@ -506,6 +506,8 @@ def _kept_share(rule: StepRule, dtype: torch.dtype) -> float | None:
     rate = rule.lr * rule.kappa
     if rule.momentum or 0 < rate < _DIGITS * torch.finfo(dtype).eps:
         return None
+    if not rate:
+        return 1.0
     return float(torch.tensor(1.0 - rate, dtype=dtype, device="cpu"))
 
 

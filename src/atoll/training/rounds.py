@@ -396,7 +396,7 @@ class Training:
             return replace(outcome, reason=f"{outcome.reason} {worse}: `atoll lr` suggests a learning rate.")
         return outcome
 
-    @property
+    @cached_property
     def _comparable(self) -> bool:
         """Whether the loss in reports is the loss of the task. The loss of a `Custom` part may be any number."""
         return isinstance(self.plan.local, (Gradient, Train))

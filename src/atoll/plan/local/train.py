@@ -207,7 +207,7 @@ class Train(Local):
         Raises:
             UsageError: `own` matches nothing or everything.
         """
-        return shared_layout(layout, self.own)
+        return shared_layout(layout, self.own) if self.own else layout  # a hash of the layout takes time
 
     def whole(self, model: Model, task: Task) -> Model:
         """The shared part with the first values of the own part."""
