@@ -18,6 +18,7 @@ from torch import nn
 
 import atoll
 from atoll.base.random import Key, generator_states, user_scope
+from atoll.compute.attributes import deep_copy
 from atoll.compute.task import Task
 from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
@@ -307,3 +308,18 @@ def test_rounds_and_more_are_two_requests(tmp_path):
     run = atoll.train("softmax", data, PLAN, rounds=1, out=tmp_path, report=False)
     with pytest.raises(atoll.UsageError, match="rounds = 3 and more = 2"):
         atoll.train("softmax", data, PLAN, rounds=3, more=2, resume=run.path, out=tmp_path, report=False)
+
+
+def test_a_copy_shares_no_container_with_the_module():
+    """deep_copy makes the empty containers itself, since copy.deepcopy takes longer for them than for small tensors."""
+    module = two_layers()
+    module[0].seen = module[1].seen = set()  # one container stays one
+    module[0].register_forward_hook(lambda *_: None)
+    made = deep_copy(module, "The model")
+    for mine, theirs in zip(module.modules(), made.modules(), strict=True):
+        for name, value in vars(mine).items():
+            assert type(vars(theirs)[name]) is type(value)
+            assert vars(theirs)[name] is not value or not isinstance(value, (dict, set))
+    assert made[0].seen is made[1].seen and len(made[0]._forward_hooks) == 1
+    made[1].register_forward_hook(lambda *_: None)
+    assert not module[1]._forward_hooks and not made[0]._forward_pre_hooks

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import random
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -174,6 +174,10 @@ def deep_copy(code: Any, role: str) -> Any:
     memo: dict[int, Any] = {}
     roots = roots_of(code)
     for root in roots:
+        for part in root.modules() if isinstance(root, nn.Module) else ():
+            # A module has a dozen empty dicts of hooks. copy.deepcopy takes longer for them than for small tensors.
+            values = [v for v in vars(part).values() if type(v) in (OrderedDict, set)]
+            memo |= {id(v): type(v)() for v in values if not v and not getattr(v, "__dict__", None)}
         for attribute in attributes(root):
             for _, tensor in tensors_in(attribute.value, attribute.path):
                 if not tensor.is_leaf:
