@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +60,7 @@ from atoll.secure.messages import MASKED, longest_bodies
 from atoll.secure.params import Agreement
 
 _TOGETHER = 4 << 20  # bytes of messages that are folded in one call; a longer message is folded alone and in place
+_COLLECT_S = 0.01  # seconds in which further messages are awaited before a fold
 _ABSENT = ("absent", "expired", "left", "closing")
 
 
@@ -83,10 +84,11 @@ class _Sent(NamedTuple):
 
 
 class _Version(NamedTuple):
-    """A model version as bytes: the message field, and its hash."""
+    """A model version as bytes: the message field and its hash, and the blob of its frozen tensors."""
 
     field: bytes | wire.Blob
     hash: bytes
+    fixed: wire.Blob | None
 
 
 class ServerEngine(Engine):
@@ -114,6 +116,7 @@ class ServerEngine(Engine):
         self._accepted: list[Accepted] = []
         self._folded: list[bytes] = []
         self._plan: tuple[Plan, str, MessageForm] | None = None
+        self._flying: set[int] = set()  # the numbers of the flights whose work was assigned
         self._landed: list[Landed] = []
         self._fold: Fold | None = None
         self._drained = False
@@ -315,6 +318,7 @@ class ServerEngine(Engine):
             self._plan = plan, plan_text(plan), MessageForm.of(plan, self.task)
         self._fold = fold = Fold(plan, state.round, keep)
         self._state, self._key = state, key
+        self._flying = {sent.flight.number for sent in self._assigned.values()}
         away = None if self.spec.clients is not None else self._is_away
         send, receive = self._send, self._receive
         if plan.aggregator.secure is not None:
@@ -330,7 +334,8 @@ class ServerEngine(Engine):
         if not plan.pace.asynchronous:
             self._withdraw()
         self._versions = {v: known for v, known in self._versions.items() if v in state.versions or v == state.round}
-        self.net.keep_blobs({known.hash for known in self._versions.values()} | {self._hashes[0]})
+        frozen = {known.fixed.hash for known in self._versions.values() if known.fixed is not None}
+        self.net.keep_blobs({known.hash for known in self._versions.values()} | frozen | {self._hashes[0]})
         return gathered(plan, state, flown, fold.results, ChunkLimit(), keep)
 
     def _is_away(self, client: int) -> bool:
@@ -400,14 +405,12 @@ class ServerEngine(Engine):
         """
         # The round whose step the model contains is still open: it is committed after its evaluation.
         text, form = plan_text(plan), MessageForm.of(plan, self.task)
-        version, fixed = self._packed(model), self._frozen(model)
+        version = self._packed(model)
         self._answers, self._answered_bytes = {}, 0
         for client in clients:
             name = wire.work_id(self.run, kind, client, model.round, 0, text, version.hash)
             self._asked[name] = client, form, kind
-            work = self._work(
-                name, kind, rows, max(0, model.round - 1), model.round, 0, plan, text, Key(0), version, fixed
-            )
+            work = self._work(name, kind, rows, max(0, model.round - 1), model.round, 0, plan, text, Key(0), version)
             self.net.handle(events.Assigned(client, work, form.shortest, form.longest))
         try:
             while self._asked:
@@ -475,16 +478,16 @@ class ServerEngine(Engine):
 
     def _send(self, flight: Flight) -> None:
         """Assign the work of a flight, before the next wait. The work of an earlier round may be assigned already."""
-        if any(sent.flight.number == flight.number for sent in self._assigned.values()):
+        if flight.number in self._flying:
             return
         plan, text, form = required(self._plan, "plan")
         state, version = self._state, self._version(flight.version)
         key = self._key if flight.version == state.round else state.key(flight.version)
         name = wire.work_id(self.run, "round", flight.client, flight.version, flight.again, text, version.hash)
-        fixed = self._frozen(state.version(flight.version))
         start = state.round, flight.version, flight.again
-        work = self._work(name, "round", "train", *start, plan, text, key, version, fixed)
+        work = self._work(name, "round", "train", *start, plan, text, key, version)
         self._assigned[name] = _Sent(flight, work)
+        self._flying.add(flight.number)
         deadline = plan.pace.deadline_s
         at = None if deadline is None or plan.pace.asynchronous else time.monotonic() + deadline
         self._starting.append(events.Assigned(flight.client, work, form.shortest, form.longest, at))
@@ -501,7 +504,6 @@ class ServerEngine(Engine):
         text: str,
         key: Key,
         version: _Version,
-        fixed: wire.Blob | None,
     ) -> wire.Work:
         """The message of a work, without its lease."""
         return wire.Work(
@@ -518,7 +520,7 @@ class ServerEngine(Engine):
             self._hashes[0],
             version.field,
             (),
-            fixed,
+            version.fixed,
             0,
             None,
             wire.Lease(0, 0),
@@ -556,8 +558,8 @@ class ServerEngine(Engine):
         state, text, version = self._state, required(self._plan, "plan")[1], self._version(flight.version)
         start = flight.client, flight.version, flight.again
         name = wire.work_id(self.run, "round", *start, text, version.hash, attempt)
-        fixed, whole = self._frozen(state.version(flight.version)), (state.round, flight.version, flight.again)
-        plain = self._work(name, "round", "train", *whole, plan, text, self._key, version, fixed)
+        whole = state.round, flight.version, flight.again
+        plain = self._work(name, "round", "train", *whole, plan, text, self._key, version)
         work = msgspec.structs.replace(plain, attempt=attempt, sum=wire.SumTerms(*sum_limits(plan, self.population)))
         self._assigned[name] = _Sent(flight, work)
         agreement = agreement_of(self.run, work, version.hash, plan, self.task)
@@ -615,23 +617,17 @@ class ServerEngine(Engine):
     def _packed(self, model: Broadcast) -> _Version:
         """The bytes of a broadcast without its frozen tensors."""
         data = save(storable({n: t for n, t in pack_broadcast(model).items() if not n.startswith("fixed/")}))
-        return _Version(data if len(data) <= wire.MAX_INLINE else self.net.offer(data), wire.digest(data))
-
-    def _frozen(self, model: Broadcast) -> wire.Blob | None:
-        """The frozen tensors, a blob of their own."""
-        fixed = model.model.fixed
-        if not fixed:
-            return None
-        return self.net.offer(save(storable({f"fixed/{n}": t for n, t in fixed.items()})))
+        frozen = model.model.fixed
+        fixed = self.net.offer(save(storable({f"fixed/{n}": t for n, t in frozen.items()}))) if frozen else None
+        if len(data) <= wire.MAX_INLINE:
+            return _Version(data, wire.digest(data), fixed)
+        blob = self.net.offer(data)
+        return _Version(blob, blob.hash, fixed)
 
     def _withdraw(self) -> None:
         """Withdraw the works of the round that did not arrive before its end."""
         late: list[events.Rejected] = []
-        while True:
-            try:
-                action = self.net.inbox.get_nowait()
-            except queue.Empty:
-                break
+        for action in _drained(self.net.inbox):
             if isinstance(action, events.Deliver):
                 late.append(events.Rejected(action.work))
             else:
@@ -654,27 +650,47 @@ class ServerEngine(Engine):
         """Wait for at least one action of the coordinator, at most `left` seconds, and carry out all that are there."""
         limits = [t for t in (left, None if self.stop_at is None else self.stop_at - time.monotonic()) if t is not None]
         try:
-            if self.net.inbox.empty():
-                with lend_generators():  # clients in other threads of this process compute meanwhile
-                    first = self.net.inbox.get(timeout=max(0.0, min(limits)) if limits else None)
-            else:
-                first = self.net.inbox.get()
+            arrived = self._arrived(time.monotonic() + max(0.0, min(limits)) if limits else None)
         except queue.Empty:
             if self.stop_at is not None and time.monotonic() >= self.stop_at:
                 raise Stopped from None
             return
-        arrived = [first]
-        while True:
-            try:
-                arrived.append(self.net.inbox.get_nowait())
-            except queue.Empty:
-                break
         messages = [action for action in arrived if isinstance(action, events.Deliver)]
         others = [action for action in arrived if not isinstance(action, events.Deliver)]
-        del first, arrived
+        del arrived
         for action in others:
             self._act(action)
         self._fold_all(messages)
+
+    def _arrived(self, until: float | None) -> list[Any]:
+        """The actions of the coordinator. Messages are collected for a moment: one fold of many is cheaper.
+
+        Raises:
+            queue.Empty: there was none until this time.
+        """
+        inbox, arrived = self.net.inbox, _drained(self.net.inbox)
+        collected = self._collected(arrived)
+        if arrived and collected is None:
+            return arrived
+        with lend_generators():  # clients in other threads of this process compute meanwhile
+            if not arrived:
+                arrived = [inbox.get(timeout=None if until is None else max(0.0, until - time.monotonic()))]
+                arrived += _drained(inbox)
+                collected = self._collected(arrived)
+            end = time.monotonic() + _COLLECT_S if until is None else min(until, time.monotonic() + _COLLECT_S)
+            while collected is not None and collected < _TOGETHER and (left := end - time.monotonic()) > 0:
+                try:
+                    arrived.append(inbox.get(timeout=left))
+                except queue.Empty:
+                    break
+                arrived += _drained(inbox)
+                collected = self._collected(arrived)
+        return arrived
+
+    def _collected(self, arrived: Sequence[Any]) -> int | None:
+        """The bytes of the messages among these actions, if the round awaits more; else None."""
+        sizes = [len(action.body) for action in arrived if isinstance(action, events.Deliver)]
+        return sum(sizes) if self._sums is None and 0 < len(sizes) < len(self._assigned) else None
 
     def _act(self, action: Any) -> None:
         match action:
@@ -798,7 +814,8 @@ class ServerEngine(Engine):
         for group in groups.values():
             group.reverse()
             while group:
-                some, size = [group.pop()], 0
+                some = [group.pop()]
+                size = len(some[0].body)
                 while group and (size := size + len(group[-1].body)) <= _TOGETHER:
                     some.append(group.pop())
                 self._fold_or_reject(some)
@@ -853,6 +870,16 @@ class ServerEngine(Engine):
         required(self._fold, "open round").fail(flight.client, flight.version, "check", cause)
         self._landed.append(Landed(flight.number))
         self.net.handle(events.Rejected(message.work))
+
+
+def _drained(inbox: queue.SimpleQueue[Any]) -> list[Any]:
+    """All actions that are in the inbox now."""
+    found = []
+    while True:
+        try:
+            found.append(inbox.get_nowait())
+        except queue.Empty:
+            return found
 
 
 def _bound(plan: Plan, layout: Layout) -> Plan:

@@ -26,6 +26,7 @@ import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypeAlias
@@ -365,8 +366,9 @@ _SAN_KINDS = (
 )
 
 
+@lru_cache(4096)
 def peer_of(der: bytes) -> Peer:
-    """The facts of a peer's certificate, which TLS has verified.
+    """The facts of a peer's certificate, which TLS has verified. Each request asks for them.
 
     Raises:
         UsageError: the certificate cannot be read.

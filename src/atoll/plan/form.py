@@ -85,14 +85,15 @@ def from_bytes(form: Form, data: Sequence[Buffer]) -> tuple[Tensor, dict[str, Te
         >>> from_bytes(form, to_bytes(form, torch.tensor([[0.5]]), {}))[0]
         tensor([[0.5000]])
     """
+    length = form.nbytes
     for i, one in enumerate(data):
-        if len(one) != form.nbytes:
+        if len(one) != length:
             raise MessageError(
                 f"Message {i} has {len(one)} bytes.",
-                f"{form.nbytes} bytes.",
+                f"{length} bytes.",
                 "the codec and the model determine the length of every message.",
             )
-    whole = torch.empty(len(data), form.nbytes, dtype=torch.uint8)
+    whole = torch.empty(len(data), length, dtype=torch.uint8)
     if whole.numel():
         # One message that may be written to is used in place; a large one is not copied.
         alone = len(data) == 1 and not memoryview(data[0]).readonly

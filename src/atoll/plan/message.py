@@ -158,8 +158,8 @@ class MessageForm:
         """
         for one in data:
             self.check_length(len(one))
-        views = [memoryview(one) for one in data]
-        weight, found = forms.from_bytes(self.head, [one[: self.head.nbytes] for one in views])
+        views, head = [memoryview(one) for one in data], self.head.nbytes
+        weight, found = forms.from_bytes(self.head, [one[:head] for one in views])
         groups: dict[str, dict[str, Tensor]] = {"mean": {}, "sum": {}, "counter": {}}
         for path, t in found.items():
             kind, _, name = path.partition("/")
@@ -173,7 +173,7 @@ class MessageForm:
         rest = Contribution(groups["mean"], sums, weight[:, 0], groups["counter"], columns)
         if self.codec is None:
             return Message(None, {}, rest)
-        payload, side = self.codec.from_bytes([one[self.head.nbytes :] for one in views])
+        payload, side = self.codec.from_bytes([one[head:] for one in views])
         return Message(payload, side, rest)
 
 
