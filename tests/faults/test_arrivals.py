@@ -2,12 +2,14 @@
 
 import json
 import signal
+import threading
 
 import pytest
-from network import Federation, rows_of
-from sites import SITES, write_tables
+from network import Federation, eventually, rows_of
+from sites import SITES, Served, experiment, write_tables
 
 from atoll.data import csv
+from atoll.net.site import Site
 
 SET = {"model": "softmax", "numerics": "fused", "report": "false", "held_out": 0}
 
@@ -68,3 +70,65 @@ def test_a_site_that_was_stopped_is_named_and_works_in_the_next_round(tmp_path):
         runs = sorted((it.home / "runs").glob("2*"))
         events = (runs[-1] / "events.jsonl").read_text()
         assert '"client": 2' in events
+
+
+# Paces on a clock: one site waits before each work until it is released.
+
+
+def paced(folder, monkeypatch, pace, sites=SITES, **settings):
+    """A closed run of sites in threads, of which west waits. Returns the run and the release."""
+    release, compute = threading.Event(), Site.compute
+
+    def waits(site, *args):
+        if site.home.name == "west":
+            assert release.wait(60)
+        return compute(site, *args)
+
+    monkeypatch.setattr(Site, "compute", waits)
+    folder.mkdir(exist_ok=True)
+    write_tables(folder)
+    path = folder / "input.json"
+    path.write_bytes(csv(folder / "all.csv", target="ill", by="site").split(held_out=0).described().encode())
+    wanted = {"recipe": "fedavg(lr=0.2, batch=10)", "rounds": 3, "plan__pace": pace, "clients": len(sites)}
+    it = Served(folder, experiment(**SET, **{**wanted, **settings}), schema=str(path))
+    for name in sites:
+        it.join(name, folder / f"{name}.csv")
+    return it, release
+
+
+def closed(it, count, seconds=30.0):
+    """Whether this many rounds have ended within some seconds."""
+    ended = lambda: [facts["event"] for facts in it.events["server"]].count("round") >= count  # noqa: E731
+    return eventually(ended, seconds)
+
+
+def reports(it):
+    return it.wait()["server"].reports
+
+
+def test_a_deadline_with_a_quorum_closes_each_round_without_the_late_site(tmp_path, monkeypatch):
+    """The rounds have the bits of a run without that site: arrivals alone decide."""
+    it, release = paced(tmp_path / "three", monkeypatch, "Sync(deadline_s=0.3, quorum=0.6)")
+    ended = closed(it, 3)
+    release.set()
+    three = reports(it)
+    assert ended and [report.arrived for report in three] == [2, 2, 2]
+    assert all(report.seconds >= 0.3 and report.late == 1 for report in three)
+    two = reports(paced(tmp_path / "two", monkeypatch, "Sync()", SITES[:2])[0])
+    assert [report.fingerprint for report in three] == [report.fingerprint for report in two]
+
+
+def test_a_round_waits_for_its_quorum_beyond_the_deadline(tmp_path, monkeypatch):
+    it, release = paced(tmp_path, monkeypatch, "Sync(deadline_s=0.1, quorum=1.0)", rounds=1)
+    assert not closed(it, 1, 0.6)
+    release.set()
+    (report,) = reports(it)
+    assert report.arrived == 3 and report.seconds > 0.1
+
+
+def test_a_round_that_starts_more_clients_ends_with_the_first(tmp_path, monkeypatch):
+    recipe = "fedavg(lr=0.2, batch=10, cohort=2)"
+    it, release = paced(tmp_path, monkeypatch, "Sync(over_select=1.5)", recipe=recipe)
+    ended = closed(it, 3)
+    release.set()
+    assert ended and [(report.arrived, report.late) for report in reports(it)] == [(2, 1)] * 3
