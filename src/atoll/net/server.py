@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import json
 import queue
+import socket
 import ssl
 import threading
 import time
@@ -121,7 +122,7 @@ class Listener:
         self._outward: list[Any] = []  # actions of the loop that the thread of the training has caused
         self._flushes = self._checked = False
         self._planned = 0.0
-        self.most = _most_connections()
+        self.most = self.last_descriptor = _most_connections()
         self._opened: dict[Any, float] = {}  # the open connections
         self._spoke: set[Any] = set()  # those with a request
         self._runner: web.AppRunner | None = None
@@ -255,22 +256,16 @@ class Listener:
             shutdown_timeout=1,
         )
         await runner.setup()
-        listening: asyncio.Server | None = None
+        listening: socket.socket | None = None
+        accepting: asyncio.Task[None] | None = None
         try:
             self._rotate = self._rotation(host) if self.files is None else self._reloading(self.files)
-            listening = await self._loop.create_server(
-                required(runner.server, "HTTP server"),
-                host,
-                port,
-                ssl=self._rotate(),
-                backlog=1024,
-                reuse_address=True,
-                ssl_handshake_timeout=HEAD_S,
-            )
+            context, listening = self._rotate(), await _listening(host, port)
             self._runner = runner
-            bound = listening.sockets[0].getsockname()
+            bound = listening.getsockname()
             shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
             started.put(f"{shown}:{bound[1]}")
+            accepting = asyncio.create_task(self._accept(listening, required(runner.server, "HTTP server"), context))
             timer = asyncio.create_task(self._timer())
             await self._stopping.wait()
             wakes = required(self._wakes, "event loop")
@@ -282,9 +277,38 @@ class Listener:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._emptied.wait(), 5)
         finally:
+            if accepting is not None:
+                accepting.cancel()
+                await asyncio.wait([accepting])
             if listening is not None:
                 listening.close()
             await runner.cleanup()
+
+    async def _accept(self, listening: socket.socket, make: Any, context: ssl.SSLContext) -> None:
+        """Accept connections. One that would take the descriptors of files is closed before its handshake."""
+        loop, beginning = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+
+        async def begin(link: socket.socket) -> None:
+            with contextlib.suppress(OSError, TimeoutError):  # a handshake that failed
+                await loop.connect_accepted_socket(make, link, ssl=context, ssl_handshake_timeout=HEAD_S)
+
+        try:
+            while True:
+                try:
+                    link, _ = await loop.sock_accept(listening)
+                except OSError:  # the peer has gone, or no descriptor is free
+                    await asyncio.sleep(0.05)
+                    continue
+                if link.fileno() >= self.last_descriptor:
+                    link.close()
+                    continue
+                link.setblocking(False)
+                task = asyncio.create_task(begin(link))
+                beginning.add(task)
+                task.add_done_callback(beginning.discard)
+        finally:
+            for task in beginning:
+                task.cancel()
 
     def _rotation(self, host: str) -> Callable[[], ssl.SSLContext]:
         """Returns the TLS context. Each call gives it a new certificate for the host names of the server."""
@@ -773,6 +797,15 @@ def _range(request: web.Request) -> tuple[int, int]:
 def _refused(status: int, given: str, required: str, write: str = "") -> web.Response:
     body = {"given": given, "required": required, "write": write}
     return web.json_response(body, status=status)
+
+
+async def _listening(host: str, port: int) -> socket.socket:
+    """A socket that listens at the first address of a host."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, address = found[0][0], found[0][4]
+    made = socket.create_server(address, family=family, backlog=1024)
+    made.setblocking(False)
+    return made
 
 
 def _own_names(host: str) -> tuple[str, ...]:
