@@ -357,6 +357,8 @@ class _Channel:
     async def _read(self) -> None:
         """Handle frames in their order. Nothing here waits for the thread of the site, so that pings are answered."""
         async for frame in self.channel:
+            if frame.type is aiohttp.WSMsgType.ERROR:  # no pong, or a connection that ended within a frame
+                raise aiohttp.ClientConnectionError(_reason(frame.data))
             if frame.type is not aiohttp.WSMsgType.BINARY:
                 raise RunError("The server sent a frame of another kind.", "binary frames.")
             self._handle(wire.decode_down(frame.data, self._step_cap))

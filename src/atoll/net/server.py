@@ -297,7 +297,8 @@ class Listener:
                 try:
                     link, _ = await loop.sock_accept(listening)
                 except OSError:  # the peer has gone, or no descriptor is free
-                    await asyncio.sleep(0.05)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._stopping.wait(), 0.05)
                     continue
                 if link.fileno() >= self.last_descriptor:
                     link.close()
@@ -528,6 +529,8 @@ class Listener:
         try:
             self._event(events.Joined(channel.number, client.id))
             async for frame in socket:
+                if frame.type is WSMsgType.ERROR:
+                    break  # no pong, or a connection that ended within a frame
                 self.seen[client.id] = time.time()
                 self._refresh()
                 if frame.type is not WSMsgType.BINARY:
