@@ -44,8 +44,12 @@ def run_loop(work: Coroutine[Any, Any, T], end: Callable[[], None] | None = None
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(end or cancel)
 
-    with ended_at_exit(stop), runner:
-        return runner.run(work)
+    with ended_at_exit(stop):
+        try:
+            return runner.run(work)
+        finally:
+            with contextlib.suppress(OSError):  # uvloop is busy with the end of a TLS connection whose peer is gone
+                runner.close()
 
 
 @contextlib.contextmanager
