@@ -28,11 +28,11 @@ demo: .venv/.core ## train on the digits, 100 clients, beside pooled and local-o
 
 test: .venv/.dev ## install what tests need, run the quick tests and the examples in docstrings
 	$(PYTEST) -n $(WORKERS) -m "not slow"
-	$(PYTEST) --doctest-modules src/atoll
+	$(PYTEST) -n $(WORKERS) --doctest-modules src/atoll
 
 test-all: .venv/.dev ## the same with the slow tests
 	$(PYTEST) -n $(WORKERS)
-	$(PYTEST) --doctest-modules src/atoll
+	$(PYTEST) -n $(WORKERS) --doctest-modules src/atoll
 
 sanitize: .venv/.dev ## run the tests of native code under the address and undefined-behaviour sanitizers
 	tests/sanitize.sh $(PY)

@@ -221,6 +221,9 @@ SIMILAR = [
     *((check_local, local.Train(sgd(0.1), steps=3, batch=4, correction=part)) for part in CORRECTIONS),
     (check_correction, local.Scaffold("update")),
     (check_correction, local.Calibrated(1.0)),
+    (check_correction, local.Proximal(0.5)),  # the chain contains it
+    (check_correction, local.Normalised()),
+    (check_local, local.Train(sgd(0.1), steps=3, batch=4, own=("*bias",), correction=local.Scaffold())),
     (check_local, local.Moments((0.0,) * 4)),
     (check_local, local.Moments(classes=3)),
     (check_aggregator, aggregate.Mean(weights="equal")),

@@ -400,7 +400,7 @@ def test_calibrated_refuses_an_output_that_it_does_not_know():
 
 def test_a_client_alone_has_no_correction():
     data = atoll.data.load("digits").split(5)
-    words = {"rounds": 2, "baselines": True, "out": None, "numerics": "lanes", "report": False}
+    words = {"rounds": 1, "baselines": True, "out": None, "numerics": "lanes", "report": False}
     plain, corrected = (atoll.train("softmax", data, plan(0.1), **words) for plan in (recipes.fedavg, recipes.fednova))
     assert corrected.baselines["local"]["accuracy"] == plain.baselines["local"]["accuracy"]
 

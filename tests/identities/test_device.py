@@ -157,7 +157,7 @@ def test_every_codec_is_here():
     assert {name for name in stages if f"{name}(" not in tried} <= {"Codec", "Identity", "Chain", "MessageError"}
 
 
-@pytest.mark.parametrize("name", one_in(2, [name for name in CODECS if name != "entropy"]))
+@pytest.mark.parametrize("name", one_in(4, [name for name in CODECS if name != "entropy"]))
 def test_every_codec(name):
     """Every codec on the uplink, and also on the downlink if it is allowed there."""
     both = {"downlink": CODECS[name]} if name not in ("feedback", "shift", "lowrank", "clip", "adaptive") else {}

@@ -37,7 +37,7 @@ LATE = [staleness_polynomial(0.5), staleness_polynomial(0), hinge(10.0, grace=1)
 def engine_of(durations=DURATIONS, fleet=None):
     data = regression(SIZES)
     fleet = fleet or Fleet(Each(durations))
-    return InProcessEngine(task_of(seeded(nn.Linear, 3, 1), data, "lanes"), data, None, fleet)
+    return InProcessEngine(task_of(seeded(nn.Linear, 3, 1), data, "fused"), data, None, fleet)
 
 
 def trained(engine, client, theta, lr, steps):

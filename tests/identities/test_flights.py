@@ -42,7 +42,7 @@ paces = st.one_of(
 )
 
 
-def engine_of(fleet=None, chunk=None, sizes=SIZES, body="lanes"):
+def engine_of(fleet=None, chunk=None, sizes=SIZES, body="fused"):
     data = regression(sizes)
     module = seeded(nn.Linear, 3, 1)
     return InProcessEngine(task_of(module, data, body), data, chunk, fleet)

@@ -71,8 +71,7 @@ def test_one_client_goes_on_where_it_was_however_its_steps_are_cut_into_rounds(l
     assert taken == [sum(lengths)] * 2
 
 
-@pytest.mark.parametrize("body", ["lanes", "loop"])
-@pytest.mark.parametrize("switch", [1, 3])
+@pytest.mark.parametrize(("body", "switch"), by_turns(["lanes", "loop"], [1, 3]))
 def test_post_local_sgd_switches_at_its_round_exactly(switch, body):
     """Before the switch the bits equal those of single steps, after it those of local SGD from the same state."""
     plan, engine = recipes.post_local_sgd(0.05, switch=switch, steps=4, batch=3), engine_of(body)

@@ -49,6 +49,7 @@ def bf16(task):
     return replace(task, precision="bf16")
 
 
+@pytest.mark.slow
 def test_digits_in_bfloat16_come_to_the_loss_of_float32():
     """Eight bits per product cost less than 0.2 % of the loss after ten rounds, and almost no accuracy."""
     data = atoll.data.load("digits").split(clients=20)

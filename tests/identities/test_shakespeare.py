@@ -55,6 +55,7 @@ def test_schedules_of_all_three_meet(example):
         assert abs(many(t) - one(20 * t)) < 1e-9
 
 
+@pytest.mark.slow
 def test_the_example_as_people_start_it(example, file, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "picture.png"
     monkeypatch.setenv("ATOLL_DATA", str(file.parent))

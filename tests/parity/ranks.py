@@ -89,6 +89,7 @@ def cases():
 
 # Cases whose parts are in other quick cases too.
 SIMILAR = {"sgd", "distributed_gd", "distributed_gd of a batch", "fedavg", "fedavgm", "fedyogi", "fedadagrad"}
+SIMILAR |= {"local_sgd", "fedsgd", "one client a rank", "equal weights", "many rows", "local training"}
 
 
 def quick():
@@ -158,6 +159,11 @@ def float_cases():
     yield "local training", plain, Plan(Train(sgd(0.1), epochs=1, batch=8), Mean(sum="float")), clients()
 
 
+def quick_floats():
+    """The cases of the float sum without the similar ones."""
+    return [case for case in float_cases() if case[0] not in SIMILAR]
+
+
 def floats(module, plan, data, engine):
     """The results of some rounds with the float sum: numbers, failures, and whether the backward pass reduced them."""
     engine = engine(task_of(seeded(module), data, "loop", torch.float32), data)
@@ -199,7 +205,7 @@ def main(folder, cases):
     out["run"] = {"path": ended.path and ended.path.name, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
     for name, module, numerics, plan, told in cases:
         out[name] = outcome(module, numerics, plan, here, partial(TorchrunEngine, ranks=ranks), **told)
-    for name, module, plan, data in float_cases():
+    for name, module, plan, data in float_cases() if "all" in sys.argv else quick_floats():
         out[name] = floats(module, plan, data, partial(TorchrunEngine, ranks=ranks))
     (folder / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(out))
 

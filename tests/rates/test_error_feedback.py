@@ -45,7 +45,7 @@ class Bowls:
         data = federation(torch.diag_embed(root).view(-1, d), (root * lowest).flatten(), [d] * clients)
         module = nn.Linear(d, 1, bias=False)
         nn.init.zeros_(module.weight)
-        self.engine = InProcessEngine(task_of(module, data), data)
+        self.engine = InProcessEngine(task_of(module, data, "fused"), data)
 
     def distances(
         self, codec: Codec, lr: float | Schedule, rounds: Sequence[int], cohort: float | None = None, lost: float = 0.0

@@ -9,6 +9,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from quick_cases import by_turns
 from torch import nn
 
 import atoll
@@ -102,8 +103,9 @@ def test_parquet_in_and_out(run, capsys):
     assert "exists" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["wine", "breast_cancer", "diabetes", "digits"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), by_turns(["wine", "breast_cancer", "diabetes", "digits"], ["float32", "float64"])
+)
 def test_one_path_for_named_sets(name, dtype):
     source = load(name)
     data = source.split(3, seed=2)
