@@ -232,6 +232,8 @@ SIMILAR = [
     (check_pace, pace.Bounded(4)),
     (check_pace, pace.Sync(deadline_s=2)),
     (check_pace, pace.Buffered(1)),
+    (check_pace, pace.Buffered(3, staleness=pace.staleness_polynomial(0))),
+    (check_pace, pace.Sync(over_select=2.5, deadline_s=60, quorum=0.8)),
     (check_stage, codec.Cast("fp16")),
     (check_stage, codec.Eden(1)),
     (check_pace, pace.Bounded(1)),

@@ -97,6 +97,7 @@ def test_mnist():
     assert x.dtype == torch.float32 and x.mean().item() == pytest.approx(0.1307, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DEBIAN_FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_fashion_mnist():
     data = load("fashion_mnist").split(10)

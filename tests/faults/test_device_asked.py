@@ -112,6 +112,7 @@ def test_in_a_file_and_in_the_environment(tmp_path):
     assert Experiment().with_environment({"ATOLL_DEVICE": "cuda:1"}).device == "cuda:1"
 
 
+@pytest.mark.slow
 def test_worker_processes_compute_on_the_cpu(gpus, data):
     gpus(2)
     with pytest.raises(UsageError, match="engine Processes") as refusal:

@@ -172,7 +172,7 @@ def test_a_client_whose_data_cannot_be_read(body, how, cause):
     """The round equals the round without the client, and the failure names the row."""
     good = classification(SIZES)
     # Row 0 sets the shape of all rows, so it is only unreadable here if it raises or is NaN.
-    for row in (17, *([] if how in ("shape", "text", "single") else [0])):
+    for row in (17,) if how in ("shape", "text", "single") else (0,):
         client = next(i for i in range(7) if row in good.client_rows(i))
         disk = DatasetRows(Disk(good.rows.x, good.rows.y, row, how), False)
         model = mlp() if body in ("lanes", "loop") else seeded(nn.Linear, 4, 3)

@@ -171,6 +171,7 @@ class Ended:
         self.run = run
 
 
+@pytest.mark.slow
 def test_the_median_withstands_sign_flips_and_the_mean_does_not():
     """20 clients, of which 4 send −5 times their updates."""
     digits = atoll.data.load("digits").split(clients=20, by=atoll.data.Dirichlet(1.0))

@@ -135,6 +135,7 @@ def test_any_part_trains_alone(digits, part):
     assert told["pooled"]["held_out_loss"] < told["local"]["held_out_loss"]
 
 
+@pytest.mark.slow
 def test_as_many_samples_as_the_federation(digits):
     data = few(digits, rows=40, clients=6)
     total = len(data.order)
@@ -179,6 +180,7 @@ def opposite():
     return federate(parts, held_out=0.25)
 
 
+@pytest.mark.slow
 def test_the_winner_flips_between_all_rows_and_own_rows(opposite):
     """One model fits no client; a local model fits its client, and is far off for half of the others."""
     training = ran("linear", opposite, recipes.fedavg(0.3, batch=None), 6, evaluate_every=6, numerics="lanes")

@@ -8,6 +8,7 @@ import torch
 from fleets import FLEETS, SIZES
 from hypothesis import given
 from hypothesis import strategies as st
+from quick_cases import one_in
 
 from atoll.base.errors import RunError, UsageError
 from atoll.engine.simulation import samples
@@ -268,7 +269,7 @@ def test_a_client_keeps_its_speed_and_a_flight_has_its_own():
 # Availability
 
 
-@pytest.mark.parametrize("window", [1.0, 0.1, 1 / 3])
+@pytest.mark.parametrize("window", one_in(3, [1 / 3, 1.0, 0.1]))
 def test_a_client_is_there_for_its_share_of_windows(window):
     clients, q, turns = 500, 0.3, 200
     clock = Clock(Fleet(availability=Chance(q, window)), ones(clients), 2)

@@ -218,7 +218,7 @@ def test_a_lane_depends_on_its_own_client_alone(codec, d):
         assert all(same(a[rows], b) for a, b in zip(together, run(rows), strict=True))
 
 
-@EVERY
+@HALF
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_arrives_as_such_and_harms_no_neighbour(codec, bad):
     x, key = draw(3, 3000)

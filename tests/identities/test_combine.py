@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from problems import classification, run, seeded, task_of
+from quick_cases import one_in
 from torch import nn
 
 from atoll.base.errors import RunError, UsageError
@@ -80,7 +81,7 @@ def test_the_weighted_mean_is_mean(fn, weights, slots):
         assert (mine.arrived, mine.bytes_up) == (other.arrived, other.bytes_up)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", one_in(2, [torch.float32, torch.float64]))
 def test_chunks_change_no_bit(dtype):
     states = [trained(Combine(median), chunk, 2, dtype)[0].model for chunk in (1, 3, None)]
     for state in states[1:]:

@@ -101,6 +101,7 @@ def off(found, want=None):
 # theorems
 
 
+@pytest.mark.slow
 def test_fedavg_has_the_bias_of_its_closed_form():
     found = theta()
     assert off(found) > 0.05 and off(found, fixed_point()) < 1e-6
@@ -116,10 +117,12 @@ def test_scaffold_reaches_the_optimum(correction):
     assert off(theta(correction)) < 1e-10
 
 
+@pytest.mark.slow
 def test_scaffold_reaches_the_optimum_with_lost_messages():
     assert off(theta(Scaffold(), fleet=Fleet(dropout=0.3), rounds=70)) < 1e-10
 
 
+@pytest.mark.slow
 def test_scaffold_reaches_the_optimum_with_momentum():
     assert off(theta(Scaffold(), momentum=0.3, rounds=45)) < 1e-10
 

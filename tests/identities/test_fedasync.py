@@ -91,7 +91,7 @@ def test_fedasync_is_the_one_done_by_hand(alpha, staleness):
     assert far(run(other, engine_of(), 25)[0].model.theta, expected) > 1e-3
 
 
-@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("k", one_in(2, [2, 5]))
 def test_models_of_a_buffer_are_mixed_by_rows(k):
     plan = recipes.fedasync(0.05, epochs=2, batch=None, alpha=0.7)
     engine = engine_of()
@@ -143,7 +143,7 @@ def test_a_model_is_what_a_client_made_of_the_one_it_knew(pace):
     assert apart > 1e-3
 
 
-@pytest.mark.parametrize("codec", [Quantize(8), ErrorFeedback(TopK(0.5))], ids=repr)
+@pytest.mark.parametrize("codec", one_in(2, [ErrorFeedback(TopK(0.5)), Quantize(8)]), ids=repr)
 def test_a_run_of_models_that_is_resumed_in_flight_ends_in_the_same_bits(codec):
     plan = replace(recipes.fedasync(0.05, batch=3, cohort=3), codec=codec, downlink=TopK(0.5))
     engine = engine_of(fleet=Fleet(HalfNormal(), dropout=0.1))

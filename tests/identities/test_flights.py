@@ -268,6 +268,7 @@ def test_waves_keep_a_clients_order():
 # time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pace", only([Buffered(1)], [Buffered(1), Bounded(5)]), ids=repr)
 def test_a_straggler_costs_the_fast_ones_little(pace):
     """One of four workers takes five times as long: the three others reach nine tenths of their full throughput."""
@@ -311,6 +312,7 @@ def test_the_downlink_tells_what_it_says():
     assert far(moved[largest], (theta - known)[largest]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", only([TopK(0.25)], [TopK(0.25), Quantize(8)]), ids=repr)
 def test_a_compressed_downlink_still_comes_to_least_squares(codec):
     """The downlink includes the lost part in later messages: at a constant step θ̂ reaches the optimum itself."""

@@ -208,6 +208,7 @@ def test_eight_bits_change_an_outer_gradient_by_no_more_than_their_step_and_noth
     assert 0 < float((a.model.theta - b.model.theta).abs().max()) <= 1.9 * 0.7 * largest / 127
 
 
+@pytest.mark.slow
 def test_outer_gradients_in_eight_bits_train_as_well_at_a_quarter_of_the_bytes():
     data = classification((40, 40, 40, 40), (20,), 4)
     module = nn.Sequential(seeded(nn.Linear, 20, 64), nn.ReLU(), seeded(nn.Linear, 64, 4))

@@ -176,7 +176,7 @@ def test_lanes_are_left_where_products_depend_on_memory(monkeypatch):
     assert choice.task.numerics == "loop" and "MKL_CBWR" in choice.reason
 
 
-@pytest.mark.parametrize(("name", "dtype"), DTYPES)
+@pytest.mark.parametrize(("name", "dtype"), one_in(2, DTYPES))
 def test_lanes_are_the_loop_to_rounding(name, dtype):
     make, data_of = MODELS[name]
     data = data_of(SIZES)

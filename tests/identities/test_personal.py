@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from problems import COMPILED, classification, far, run, seeded, task_of
-from quick_cases import only
+from quick_cases import one_in, only
 from torch import nn
 
 from atoll.base.errors import UsageError
@@ -155,7 +155,7 @@ def test_a_client_without_a_round_has_the_model_of_the_server():
     assert len(absent) == 2 and all(torch.equal(models.theta[i], state.model.theta) for i in absent)
 
 
-@pytest.mark.parametrize("correction", [Proximal(0.1), Scaffold()])
+@pytest.mark.parametrize("correction", one_in(2, [Scaffold(), Proximal(0.1)]))
 def test_a_correction_of_the_shared_part(correction):
     """Its vectors have the length of the shared part, and no pull of zero changes a bit."""
     plan = local(own=HEAD, correction=correction)

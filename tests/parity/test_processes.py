@@ -104,7 +104,7 @@ def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
     same(plan, *(alone if plan.pace.asynchronous else mlp))
 
 
-@pytest.mark.parametrize("pace", [Buffered(3), Bounded(2), Sync(over_select=1.5)], ids=repr)
+@pytest.mark.parametrize("pace", one_in(2, [Buffered(3), Bounded(2), Sync(over_select=1.5)]), ids=repr)
 def test_one_worker_has_the_bits_of_one_process_under_every_pace(pace, alone):
     """One worker computes flights in the order of their starts, as in a simulation with equal durations."""
     local = Train(yogi(0.01), steps=2, batch=2, keep=("optimizer", "order"))
@@ -472,6 +472,7 @@ def test_partial_work_is_refused(mlp):
     assert told.value.line == "Sync(deadline_s=5)"
 
 
+@pytest.mark.slow
 def test_an_unreadable_row_fails_its_client_as_in_one_process(nursery):
     data = classification(SIZES)
     task = task_of(seeded(nn.Linear, 4, 3), data, "loop", torch.float32)

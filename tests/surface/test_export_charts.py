@@ -16,6 +16,7 @@ MARKS += [Points(X, Y, "ink", "ring"), ReferenceLine(1.0, name="at 1"), Referenc
 CHART = Drawing("a", "A chart.", [[Panel(MARKS, "Title $", "remark", Axis("x", "count"), Axis("y", log=True))]])
 
 
+@pytest.mark.slow
 def test_a_chart_as_png_and_pdf():
     for suffix, start in (("svg", b"<svg"), ("png", b"\x89PNG"), ("pdf", b"%PDF")):
         made = rendered(CHART, suffix)

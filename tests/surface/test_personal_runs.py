@@ -92,6 +92,7 @@ def test_a_resumed_run_has_the_bits_of_one_run(tmp_path, plan):
         assert all(torch.equal(a, b) for a, b in both)
 
 
+@pytest.mark.slow
 def test_models_of_clients_beat_the_model_of_the_server():
     """Two labels for each client: the published gap is at least 8 points."""
     for plan in (fedper(0.1, own=OWN), fedrep(0.1, own=OWN), ditto(0.1)):
