@@ -18,7 +18,7 @@ from conformance import foreign_cases as cases
 from fedprox import fedprox
 from krum import Krum
 from problems import NO_NATIVE, federation, run, seeded, task_of
-from quick_cases import by_turns, only
+from quick_cases import by_turns, one_in, only
 from scaffold import Scaffold, corrected
 from torch import nn
 
@@ -119,7 +119,7 @@ def test_parts_train_differently(found):
     assert all(len(set(row)) == len(row) for row in found.values())
 
 
-@pytest.mark.parametrize(("name", "chunk"), by_turns(cases.PLANS, [1, 3]))
+@pytest.mark.parametrize(("name", "chunk"), one_in(2, by_turns(cases.PLANS, [1, 3])))
 def test_chunks_change_no_bit(name, chunk, found):
     assert cases.fingerprints(cases.plan_of(name), chunk=chunk) == found[name]
 
@@ -210,6 +210,7 @@ def quadratics(clients=6, d=4):
     return data, (h * m).sum(0) / h.sum(0)
 
 
+@pytest.mark.slow
 def test_scaffold_has_no_client_drift():
     """With different minima FedAvg stalls at a distance from the optimum, and SCAFFOLD does not."""
     data, best = quadratics()
@@ -232,7 +233,7 @@ SCAFFOLDS = {
 }
 
 
-@pytest.mark.parametrize(("numerics", "which"), by_turns(NUMERICS, SCAFFOLDS))
+@pytest.mark.parametrize(("numerics", "which"), one_in(2, by_turns(NUMERICS, SCAFFOLDS)))
 def test_scaffold_with_other_parts(numerics, which):
     """It trains, and c stays the mean of all cᵢ."""
     plan = Plan(Scaffold(0.3, steps=3, batch=5), EQUAL, cohort=6, **SCAFFOLDS[which])

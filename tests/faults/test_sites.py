@@ -59,7 +59,7 @@ def columns(path):
 @pytest.mark.parametrize(
     ("target", "chosen", "first", "recipe"),
     [
-        ("ill", "softmax", "accuracy", "fedavg(lr=0.05, batch=10)"),
+        pytest.param("ill", "softmax", "accuracy", "fedavg(lr=0.05, batch=10)", marks=pytest.mark.slow),
         pytest.param("age", "linear", "rmse", "fedavg(lr=0.05, batch=10)", marks=pytest.mark.slow),
         ("ill", "mlp", "accuracy", "fedper(lr=0.05, batch=10, own=('fc2.*',))"),  # each site draws its own part
     ],

@@ -232,6 +232,7 @@ def test_chunks_change_no_bit(rule):
     assert read_part(repr(rule)) == rule
 
 
+@pytest.mark.slow
 def test_buffers_are_those_of_the_rule():
     """Krum selects the buffers of the client whose update it selects; a server optimizer and corrections follow."""
     assert not torch.equal(trained(Krum(1)).buffers, trained(Mean("equal")).buffers)

@@ -36,7 +36,10 @@ def mess(rows=160, seed=0):
         ("ill", "logistic", {}, {}),
         pytest.param("ill", "mlp", {}, {"dtype": "float64"}, marks=pytest.mark.slow),
         pytest.param("price", "linear", {}, {}, marks=pytest.mark.slow),
-        ("visits", "linear", {"task": "regression", "scale_target": "none"}, {"loss": "poisson"}),
+        pytest.param(
+            *("visits", "linear", {"task": "regression", "scale_target": "none"}, {"loss": "poisson"}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_graph_equals_the_predictor(target, model, options, settings, tmp_path, capsys):

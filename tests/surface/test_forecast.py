@@ -206,7 +206,7 @@ def settings(write):
     ("slots", "fleet", "changed"),
     [
         ({}, Fleet(0.5, uplink="2 kB/s"), {"codec"}),
-        ({}, Fleet(0.5, downlink="2 kB/s"), {"downlink"}),
+        pytest.param({}, Fleet(0.5, downlink="2 kB/s"), {"downlink"}, marks=pytest.mark.slow),
         ({}, Fleet(0.5, server="6 kB/s"), {"codec", "downlink"}),
         ({"codec": Quantize(8)}, Fleet(0.1, uplink="2 kB/s"), {"codec"}),
     ],
