@@ -81,7 +81,7 @@ def used(make):
 TRAINED = [c for c in MODULES.values() if not c.refused]
 
 
-@pytest.mark.parametrize("case", one_in(2, TRAINED), ids=name_of)
+@pytest.mark.parametrize("case", one_in(3, TRAINED), ids=name_of)
 @pytest.mark.filterwarnings("ignore::atoll.Note")
 def test_the_loop_equals_plain_autograd_and_other_backends_equal_the_loop(case):
     rounds = 2 if case.joined else 1

@@ -110,6 +110,7 @@ def test_dirichlet_gives_no_more_to_who_has_a_fair_share():
     assert owner.bincount().max() < 100 + 130
 
 
+@pytest.mark.slow
 def test_dirichlet_shares_have_the_stated_moments():
     """With one class, shares are Dirichlet: mean 1/C, variance (C − 1) / (C² (Cα + 1)), to 4 standard errors."""
     clients, alpha, rows, seeds = 5, 0.7, 2000, 200

@@ -190,6 +190,7 @@ def test_ties_are_broken_by_the_ordinal_whatever_ends():
 # Draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("started", "kept", "means"), [(100, 100, 3.44), pytest.param(130, 100, 1.49, marks=pytest.mark.slow)]
 )

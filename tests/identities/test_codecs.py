@@ -458,6 +458,7 @@ def test_random_k_keeps_one_of_each_stretch_of_a_circle(d, fraction, seed):
     assert int(steps.max()) < 2 * -(-d // k) and int((kept.diff() < 0).sum()) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", only([0.1], [0.1, 0.5]))
 def test_random_k_has_error_d_over_k_minus_one_on_average_over_all_supports(fraction):
     d, rounds = 200, 500

@@ -64,6 +64,7 @@ def test_the_constant_is_the_share_of_each_label():
     assert training._constant == pytest.approx(float(entropy), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_from_a_csv_of_labels_to_columns_of_predictions(tmp_path, capsys):
     table, new = weather(), weather(40, 1)
     table["fog"] = table["fog"].map({0: "false", 1: "true"})

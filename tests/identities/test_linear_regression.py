@@ -102,6 +102,7 @@ def test_the_error_shrinks_as_the_condition_number_says(example, data, known):
     assert measured == pytest.approx((high - low) / (high + low), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stochastic_step_is_the_true_one_in_the_mean(example, data, known):
     """At θ* the mean step is 0. Eleven coordinates within 6 standard errors: one false alarm in two million runs."""
     best = known[0]

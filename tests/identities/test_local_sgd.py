@@ -196,6 +196,7 @@ def test_diloco_is_torchs_optimizers_worker_by_worker():
     assert state.memory.take(torch.arange(4))["local/optimizer.step"].tolist() == [18] * 4
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.integers(0, 99))
 def test_eight_bits_change_an_outer_gradient_by_no_more_than_their_step_and_nothing_else(seed):

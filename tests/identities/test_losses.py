@@ -105,6 +105,7 @@ def test_negative_counts_are_refused():
         atoll.rounds("linear", data, PLAN, rounds=1, loss="poisson")
 
 
+@pytest.mark.slow
 def test_a_quantile_run_has_its_share_of_targets_below():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(600, 1))

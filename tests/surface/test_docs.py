@@ -63,7 +63,8 @@ def named(pages: list[Path], slow: Collection[str] = ()) -> dict[str, list]:
 
 RUN = [page for page in PAGES if any(block.word == "python" for block in blocks(page))]
 LONG = {"asynchrony.md", "compression.md", "fair_evaluation.md", "formula.md", "models.md", "privacy.md", "runs.md"}
-LONG |= {"engines.md", "schedules_and_stopping.md", "sklearn.md", "unequal_data.md"}  # pages with long training
+LONG |= {"engines.md", "schedules_and_stopping.md", "sklearn.md", "unequal_data.md"}
+LONG |= {"deploy.md", "log_to_a_tracker.md", "tables.md", "tune_a_rate.md"}  # pages with long training
 TYPED = [page for page in PAGES if any(block.word == "sh" for block in blocks(page))]
 
 

@@ -250,6 +250,7 @@ def test_both_reach_the_target_and_not_before(mine, theirs, clocked):
     assert f"until accuracy {target:.4f}" in found.text()
 
 
+@pytest.mark.slow
 def test_a_target_that_one_misses(tmp_path):
     a = costing(tmp_path / "a", [0.1, 0.5, 0.9], 10)
     b = costing(tmp_path / "b", [0.1, 0.2, 0.3], 500)
