@@ -38,6 +38,29 @@ def grid(tmp_path, monkeypatch):
     return values
 
 
+def test_the_plot_of_a_run_has_its_rows(tmp_path):
+    data = atoll.data.load("wine").split(clients=3)
+    run = atoll.train("softmax", data, "fedavg(lr=0.1)", rounds=3, out=tmp_path, report=False)
+    frame = run.frame()
+    plot = run.plot("accuracy", "loss", x="bytes")
+    first, second = (panel.marks[0] for panel in plot.drawing.rows[0])
+    spent = (frame["bytes_up"] + frame["bytes_down"]).cumsum()
+    assert first.x == spent.tolist() and first.y == frame["accuracy"].tolist() and second.y == frame["loss"].tolist()
+    assert run.plot().drawing.rows[0][0].title == "accuracy"
+    assert plot._repr_mimebundle_()["image/svg+xml"].startswith("<svg") and len(repr(plot)) < 400
+    assert (
+        plot.save(tmp_path / "a.svg").read_bytes()
+        == run.plot("accuracy", "loss", x="bytes").save(tmp_path / "b.svg").read_bytes()
+    )
+    for metrics, x, match in (
+        (["acuracy"], "round", "accuracy"),
+        (["loss"], "byte", "bytes"),
+        (["loss"], "clock", "fleet"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            run.plot(*metrics, x=x)
+
+
 def test_means_and_deviations_are_those_of_numpy(grid):
     found = atoll.compare("r*")
     assert [g.name for g in found.groups] == ["gd(0.1)", "gd(0.5)"] and found.notes == ()

@@ -209,6 +209,16 @@ def test_addresses_beyond_this_machine_and_taken_ports_are_refused(tmp_path, cap
         with pytest.raises(UsageError, match="ssh -L"):
             access.refuse_open_host(host, insecure=False)
     access.refuse_open_host("0.0.0.0", insecure=True)
+    for host, own, wanted in (
+        ("192.168.1.2:8000", "0.0.0.0", True),
+        ("[fe80::1]:8000", "::", True),
+        (f"{socket.gethostname()}:8000", "0.0.0.0", True),
+        ("evil.example:8000", "0.0.0.0", False),
+        ("", "0.0.0.0", False),
+        ("192.168.1.2", "127.0.0.1", False),
+        ("192.168.1.2", "192.168.1.2", True),
+    ):
+        assert access.names_host(host, own) == wanted, host
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="in use"):
         served(tmp_path, _nothing, port=taken.getsockname()[1])
 

@@ -24,11 +24,30 @@ from atoll.plan.round import Failure, Report
 from atoll.plan.state import State
 from atoll.runs.confusion import Confusion
 from atoll.runs.format import format_number, plain
-from atoll.runs.frames import Backend, frame_of
+from atoll.runs.frames import Backend, frame_of, rows_of
 from atoll.runs.inference import Inference
 from atoll.runs.personal import ClientModels, no_models_here
 from atoll.runs.predictor import Predictor, predictor_of
 from atoll.runs.summary import summary
+
+
+class SavedPlot(Protocol):
+    """A figure of a run. A notebook shows it as SVG."""
+
+    def save(self, path: str | Path, width: float = 6.5) -> Path:
+        """Write the figure as .svg, .png or .pdf.
+
+        Args:
+            path: the file.
+            width: the width in inches, > 0.
+        """
+        ...
+
+
+class Plotter(Protocol):
+    """Draws columns of rows of metrics.jsonl."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], x: str) -> SavedPlot: ...
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,6 +76,7 @@ class Run:
         confusion: the held-out rows of each class by predicted class, if the metric `confusion` was computed.
         client_models: the models of clients; None if they are on the machines of the clients.
         inference: coefficients, standard errors and p-values of a run of `newton`; None for another run.
+        plotter: draws `plot`; a training sets it.
     """
 
     path: Path | None
@@ -80,6 +100,7 @@ class Run:
     confusion: Confusion | None = field(default=None, repr=False)
     client_models: ClientModels | None = field(default=None, repr=False)
     inference: Inference | None = field(default=None, repr=False)
+    plotter: Plotter | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         name = None if self.path is None else plain(self.path.name, 80)
@@ -121,6 +142,28 @@ class Run:
             ([0, 1], 6)
         """
         return frame_of(self.reports, self.rounds, self.path, kind, backend)
+
+    def plot(self, *metrics: str, x: str = "round") -> SavedPlot:
+        """Draw columns of metrics.jsonl, one panel each. A notebook shows the figure; `save` writes it.
+
+        Args:
+            metrics: the columns; none: the metric that selects the best round.
+            x: "round", "bytes" or "seconds" up to the round, or "clock", the virtual time.
+        Returns:
+            The figure.
+        Raises:
+            UsageError: an unknown column or axis, or a run without virtual time.
+        Example:
+            >>> import atoll, tempfile
+            >>> data = atoll.data.load("digits").split(clients=3)
+            >>> run = atoll.train("softmax", data, atoll.recipes.fedavg(0.1), rounds=2, out=None)
+            >>> run.plot("accuracy", "loss").save(tempfile.mkdtemp() + "/accuracy.svg").name
+            'accuracy.svg'
+        """
+        if self.plotter is None:
+            raise UsageError("A run that no training made.", "a run of `atoll.train`.")
+        chosen = metrics or (str(self.best.get("metric", "loss")),)
+        return self.plotter(rows_of(self.reports, self.rounds, self.path), chosen, x)
 
     def personal(self, client: int | str) -> nn.Module:
         """A new module with the final model of a client: the shared model with its own part, or its second model.

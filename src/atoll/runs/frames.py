@@ -64,8 +64,7 @@ def frame_of(reports: Sequence[Report], rounds: int, path: Path | None, kind: st
     first = reports[0].round if reports else rounds
     rows: list[Mapping[str, Any]] = []
     if kind == "rounds":
-        rows = [_columns(row) for row in _before(path, "metrics.jsonl", first)]
-        rows += [_columns(metrics_row(report)) for report in reports]
+        rows = rows_of(reports, rounds, path)
     else:
         for event in _before(path, "events.jsonl", first):
             if event["event"] == "clients":
@@ -75,6 +74,17 @@ def frame_of(reports: Sequence[Report], rounds: int, path: Path | None, kind: st
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names or ("round",)}
     return frame_of_columns(columns, backend, f"run.frame(backend={backend!r})")
+
+
+def rows_of(reports: Sequence[Report], rounds: int, path: Path | None) -> list[Mapping[str, Any]]:
+    """The rows of all rounds of a run; those before a resumption are read from the run folder.
+
+    Args:
+        reports, rounds, path: as in `frame_of`.
+    """
+    first = reports[0].round if reports else rounds
+    before = [_columns(row) for row in _before(path, "metrics.jsonl", first)]
+    return before + [_columns(metrics_row(report)) for report in reports]
 
 
 def frame_of_columns(columns: Mapping[str, Sequence[Any]], backend: Backend, call: str) -> Any:

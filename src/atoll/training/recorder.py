@@ -24,6 +24,7 @@ from atoll.plan.formula import renamed
 from atoll.plan.local import Newton
 from atoll.plan.round import FlightTimes, Report
 from atoll.privacy.ledger import START, Ledger
+from atoll.report.run_plot import run_plot
 from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
 from atoll.runs.confusion import Confusion
 from atoll.runs.events import Run
@@ -303,6 +304,7 @@ class Recorder:
             _confusion(t),
             t.client_models,
             _inference(t),
+            run_plot,
         )
         if self.folder is None:
             return run

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import socket
 from collections.abc import Mapping
 
 from atoll.base.errors import UsageError
@@ -64,6 +65,31 @@ def host_of(header: str) -> str:
     return header.partition(":")[0].lower()
 
 
+def names_host(host: str, own: str) -> bool:
+    """Whether a `Host` header names this server: a loopback name or the host of the server, with any port.
+
+    A server on all addresses of the machine, 0.0.0.0 or ::, also answers to each address and to the name of the
+    machine. A page of another site cannot use these: a request under the name of that site has this name in its header.
+
+    Args:
+        host: the `Host` header.
+        own: the host that the server listens on.
+    Example:
+        >>> names_host("192.168.1.2:81", "0.0.0.0"), names_host("evil.example:81", "0.0.0.0")
+        (True, False)
+    """
+    name, own = host_of(host), own.strip("[]").lower()
+    if is_loopback(name) or name == own:
+        return True
+    if own not in ("0.0.0.0", "::"):
+        return False
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        machine = socket.gethostname().lower()
+        return name in (machine, f"{machine}.local", socket.getfqdn().lower())
+
+
 def allowed(host: str, own: str, token: str, given: str, cookies: Mapping[str, str], cookie: str) -> bool:
     """Whether a request may be answered: its host is known, and it has the token or the cookie.
 
@@ -75,8 +101,7 @@ def allowed(host: str, own: str, token: str, given: str, cookies: Mapping[str, s
         cookies: the cookies of the request.
         cookie: the name of the cookie of this server.
     """
-    name = host_of(host)
-    if not (is_loopback(name) or name == own.strip("[]").lower()):
+    if not names_host(host, own):
         return False
     secrets = [
         hmac.compare_digest(each.encode("utf-8", "replace"), token.encode())

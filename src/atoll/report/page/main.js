@@ -31,6 +31,7 @@ function leave() {
   clearTimeout(timer);
   stream = view = null;
   visit += 1;
+  document.body.classList.remove("list");
   return visit;
 }
 
@@ -108,7 +109,8 @@ const COLOURS = 8;
 async function openList() {
   const mine = leave();
   document.title = "runs – atoll";
-  const runs = await get("/api/runs");
+  document.body.classList.add("list");
+  let runs = await get("/api/runs");
   if (visit !== mine) return;
   const filter = element("input", { type: "search", id: "filter", placeholder: "filter by name, tag, plan, status" });
   const place = element("div", {}), charts = element("div", {}), state = {};
@@ -121,6 +123,26 @@ async function openList() {
   fill();
   root.replaceChildren(element("h1", {}, "Runs"), element("p", {}, element("label", { for: "filter" }, "Filter "), filter), charts, element("section", {}, place));
   lay(runs, charts);
+  relist(mine, (found) => {
+    if (JSON.stringify(found) === JSON.stringify(runs)) return;
+    runs = found;
+    const label = (e) => e.getAttribute("aria-label") || e.textContent, focus = document.activeElement;
+    const kept = place.contains(focus) ? label(focus) : null;
+    fill();
+    if (kept !== null) { const same = [...place.querySelectorAll("a, button, input")].find((e) => label(e) === kept); if (same) same.focus(); }
+    if (overlay.chosen.size) lay(runs, charts);
+  });
+}
+
+// Ask for the list again, so that new runs and the last values of running ones appear.
+function relist(mine, update) {
+  timer = setTimeout(async () => {
+    let found = null;
+    try { found = await get("/api/runs"); if (visit === mine) message(""); } catch (error) { if (visit === mine) message(String(error.message)); }
+    if (visit !== mine) return;
+    if (found) update(found);
+    relist(mine, update);
+  }, 3000);
 }
 
 function listing(runs, state, changed) {
