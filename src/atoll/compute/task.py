@@ -39,6 +39,7 @@ from atoll.compute.layout import Layout, named_tensors
 from atoll.compute.loss import PerExample, built_in, couples_rows, loss_of, values_of
 from atoll.compute.metrics import Counts, Metric, check_metric_names, metric_of, row_sums
 from atoll.compute.model_state import Batch, GradientResult, Model
+from atoll.compute.outputs import logits_of
 from atoll.compute.overrides import KeyedDropout, VmapOverrides, may_drop
 from atoll.compute.step_rule import StepRule
 from atoll.compute.user_code import Findings, known
@@ -370,11 +371,19 @@ class Task:
             tensors.update({name: tensors[first] for name, first in self._tied.items()})
             call = partial(functional_call, self.module, tensors, args, words, tie_weights=False)
         if self.precision == "full":
-            return call()
+            return self._chosen(call())
         # No cast is cached: the cache is keyed by the parameter, whose storage we replace between passes.
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
-            output = call()
+            output = self._chosen(call())
         return tree_map_only(Tensor, lambda t: t.to(self.layout.dtype) if t.is_floating_point() else t, output)
+
+    def _chosen(self, output: Any) -> Any:
+        """The logits of an output with several fields, if the loss is one of atoll's; a loss of the user takes all."""
+        return logits_of(output) if self._own_loss and not isinstance(output, Tensor) else output
+
+    @cached_property
+    def _own_loss(self) -> bool:
+        return built_in(self.loss)
 
     @cached_property
     def _tied(self) -> dict[str, str]:

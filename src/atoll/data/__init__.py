@@ -10,6 +10,7 @@ Tests: tests/data/test_split.py, tests/data/test_clients.py.
 
 from atoll.data.arrays import arrays, dataset, federate
 from atoll.data.clients import Clients
+from atoll.data.hub import hf
 from atoll.data.named import load
 from atoll.data.partition import (
     IID,
@@ -50,5 +51,6 @@ __all__ = [
     "dataset",
     "federate",
     "frame",
+    "hf",
     "load",
 ]

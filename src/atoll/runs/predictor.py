@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from atoll.base.errors import UsageError
 from atoll.compute.loss import ClassWeighted, PerExample, poisson, values_of
 from atoll.compute.metrics import Counts, Metric, row_sums, summed
+from atoll.compute.outputs import logits_of
 from atoll.data.arrays import several_labels, tensor_of
 from atoll.data.cells import Cells, boxed_cells, cells_of, name_of
 from atoll.data.input import Input
@@ -230,7 +231,7 @@ def outputs_of(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         UsageError: an output is NaN or infinite.
     """
-    out = torch.cat([model(piece) for piece in x.split(PIECE)]) if len(x) else model(x)
+    out = torch.cat([logits_of(model(piece)) for piece in x.split(PIECE)]) if len(x) else logits_of(model(x))
     if not bool(torch.isfinite(out).all()):
         row = int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0])
         raise UsageError(

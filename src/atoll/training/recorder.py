@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from atoll import runs
 from atoll.base.errors import RunError, UsageError
@@ -247,6 +247,15 @@ class Recorder:
             tensors = layout.state_dict(model.theta, model.buffers, {**model.counters, **model.fixed}, hidden=True)
             self.folder.save(f"{stem}{HIDDEN}", {n: tensors[n] for n in names})
 
+    def _save_adapter(self, model: nn.Module) -> None:
+        """Write the adapter of a model of PEFT into `adapter`, in the format of PEFT; an error becomes a note."""
+        save = getattr(model, "save_pretrained", None)
+        if self.folder is not None and save is not None and hasattr(model, "peft_config"):
+            try:
+                save(str(self.folder.path / "adapter"), save_embedding_layers=False)
+            except Exception as error:
+                self.note(f"The adapter was not written: {type(error).__name__}: {error}")
+
     def fail(self, error: BaseException) -> None:
         """Record that an error ended the training, and write a checkpoint of the state before the failed round.
 
@@ -319,6 +328,7 @@ class Recorder:
                 self.checkpoint()
                 self.folder.save("model.safetensors", _state_dict(t, t.evaluated_model))
                 self._save_hidden("model", t.evaluated_model)
+                self._save_adapter(run.model)
             self.folder.finish()
             if t.evaluation.clients:
                 self.folder.save_clients(_client_table(t))

@@ -1,0 +1,193 @@
+"""Data sets of Hugging Face, outputs with logits, and models of transformers and PEFT. No hub is asked."""
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset as TorchDataset
+
+import atoll
+from atoll.base.errors import UsageError
+from atoll.compute.outputs import logits_of
+from atoll.data.hub import _next_tokens, hf, padded
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+PLAN = "fedavg(lr=0.1, batch=8)"
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+class Net(nn.Module):
+    """A model that answers in one of the forms of an output."""
+
+    def __init__(self, form="tensor"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.form = nn.Embedding(20, 4), nn.Linear(4, 2), form
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask.to(self.head.weight.dtype)[..., None]
+        logits = self.head((self.embed(input_ids) * mask).sum(-2) / mask.sum(-2))
+        forms = {
+            "tensor": lambda: logits,
+            "object": lambda: Output(logits),
+            "mapping": lambda: OrderedDict(loss=None, logits=logits),
+            "tuple": lambda: (logits, None),
+            "none": lambda: {"last_hidden_state": logits},
+        }
+        return forms[self.form]()
+
+
+class Words(TorchDataset):
+    """Rows that are dicts, with a class by their first token."""
+
+    def __init__(self, rows=60, width=6):
+        draw = np.random.default_rng(0)
+        self.ids = draw.integers(1, 20, (rows, width))
+        self.mask = np.ones_like(self.ids)
+        self.y = (self.ids[:, 0] > 9).astype(np.int64)
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        row = {"input_ids": torch.tensor(self.ids[i]), "attention_mask": torch.tensor(self.mask[i])}
+        return row, torch.tensor(self.y[i])
+
+
+def train(source, model, rounds=2, plan=PLAN, **more):
+    data = source.split(clients=3, by=atoll.data.IID(), held_out=0.2)
+    return atoll.train(model, data, plan, rounds=rounds, progress="none", **{"out": None, **more})
+
+
+def prints(run):
+    return [report.fingerprint for report in run.reports]
+
+
+def test_outputs_with_logits_give_the_bits_of_a_tensor():
+    words = Words()
+    source = atoll.data.arrays({"input_ids": words.ids, "attention_mask": words.mask}, words.y)
+    wanted = prints(train(source, Net(), rounds=1))
+    for form in ("object", "mapping", "tuple"):
+        assert prints(train(source, Net(form), rounds=1)) == wanted, form
+    with pytest.raises(UsageError, match="fields last_hidden_state, and no logits"):
+        train(source, Net("none"), rounds=1)
+
+
+def test_logits():
+    t = torch.zeros(2, 3)
+    for output in (t, (t, None), [t], {"logits": t}, (Output(t),), Output(t)):
+        assert logits_of(output) is t
+    for output in (None, {}, (), (None, t), {"logits": None}):
+        with pytest.raises(UsageError, match="no logits"):
+            logits_of(output)
+
+
+def test_padding_and_next_tokens():
+    assert padded(np.arange(5), np.array([2, 0, 3]), 2, -1).tolist() == [[0, 1], [-1, -1], [2, 3]]
+    assert padded(np.zeros((0,), int), np.zeros((0,), int), 3, 0).shape == (0, 3)
+    columns = {"input_ids": np.array([[4, 5, 0], [6, 7, 8]]), "attention_mask": np.array([[1, 1, 0], [1, 1, 1]])}
+    assert _next_tokens(columns).tolist() == [[5, -100, -100], [7, 8, -100]]
+
+
+@pytest.fixture(scope="module")
+def datasets():
+    return pytest.importorskip("datasets", reason="the extra atoll[hf] is not installed")
+
+
+def made(datasets, words, **more):
+    features = datasets.Features(
+        input_ids=datasets.List(datasets.Value("int64")),
+        attention_mask=datasets.List(datasets.Value("int64")),
+        label=datasets.ClassLabel(names=["low", "high"]),
+        **more,
+    )
+    rows = {"input_ids": words.ids.tolist(), "attention_mask": words.mask.tolist(), "label": words.y.tolist()}
+    return datasets.Dataset.from_dict(rows | {n: [0] * len(words) for n in more}, features=features)
+
+
+@pytest.mark.slow
+def test_a_data_set_gives_the_bits_of_a_torch_data_set(datasets):
+    words = Words()
+    ds = made(datasets, words)
+    source = hf(ds)
+    assert source.classes == ("low", "high")
+    assert prints(train(source, Net())) == prints(train(atoll.data.dataset(words), Net()))
+    shuffled = hf(ds.shuffle(seed=1))  # rows by an index, not in the order of the table
+    assert sorted(shuffled.rows.y.tolist()) == sorted(source.rows.y.tolist())
+    both = hf(datasets.DatasetDict(train=ds.select(range(40)), test=ds.select(range(40, 60))))
+    assert len(both.test) == 20 and len(both) == 40
+
+
+@pytest.mark.slow
+def test_unequal_rows_are_padded_to_one_width(datasets):
+    rows = {"input_ids": [[1, 2, 3], [4, 7], [5, 6]], "label": [0, 1, 0]}
+    ds = datasets.Dataset.from_dict(rows)
+    with pytest.raises(UsageError, match="2 to 3 values"):
+        hf(ds)
+    source = hf(ds, pad={"input_ids": 0})
+    assert source.features == hf(ds, pad={"input_ids": 0}, length=3).features
+    assert [str(f) for f in source.rows.fields] == ["attention_mask int64 [3]", "input_ids int64 [3]"]
+    cut = hf(ds, pad={"input_ids": 0}, length=2)
+    assert str(cut.rows.fields[1]) == "input_ids int64 [2]"
+    assert cut.notes == (*source.notes, "1 row of input_ids is longer than 2 and was cut.")
+    tokens = hf(ds, y=None, x=["input_ids"], pad={"input_ids": 0}, task="tokens")
+    assert tokens.rows.y.tolist() == [[2, 3, -100], [7, -100, -100], [6, -100, -100]]
+
+
+@pytest.mark.slow
+def test_refused_data_sets(datasets):
+    ds = datasets.Dataset.from_dict({"text": ["a", "b"], "n": [1.0, 2.0], "label": [0, 1]})
+    for call, match in (
+        (lambda: hf(ds, x="text"), "transform"),
+        (lambda: hf(ds, x="m"), "'n'|called 'm'"),
+        (lambda: hf(ds, y="labl"), "label"),
+        (lambda: hf(ds.to_iterable_dataset()), "streamed"),
+        (lambda: hf([1, 2]), "no datasets.Dataset"),
+        (lambda: hf(datasets.DatasetDict(validation=ds)), "train"),
+        (lambda: hf(ds.select_columns(["text", "label"])), "No column"),
+        (lambda: hf(datasets.Dataset.from_dict({"n": [1.0, None], "label": [0, 1]})), "1 missing"),
+        (
+            lambda: hf(ds.cast_column("label", datasets.ClassLabel(names=["a", "b"])).map(lambda row: {"label": -1})),
+            "-1",
+        ),
+    ):
+        with pytest.raises(UsageError, match=match):
+            call()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_bert_and_lora_train_and_only_trained_numbers_travel(datasets, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the extra atoll[hf] is not installed")
+    peft = pytest.importorskip("peft", reason="the extra atoll[hf] is not installed")
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=20, max_position_embeddings=8, num_labels=2, **small)
+    model = transformers.BertForSequenceClassification(config)
+    source = hf(made(datasets, Words()))
+    run = train(source, model, rounds=6)
+    losses = [report.metrics["loss"] for report in run.reports]
+    assert losses[-1] < losses[0]
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    run = train(source, lora, rounds=6, plan="fedavg(lr=0.5, batch=8)")
+    losses = [report.metrics["loss"] for report in run.reports]
+    assert losses[-1] < losses[0] and type(run.model) is type(lora)
+    up = run.reports[-1].bytes_up / 3
+    assert 4 * trained <= up <= 4 * trained + 200
+    run = train(source, lora, rounds=1, plan="fedavg(lr=0.5, batch=8)", out=tmp_path, report=False)
+    torch.manual_seed(0)
+    again = peft.PeftModel.from_pretrained(transformers.BertForSequenceClassification(config), run.path / "adapter")
+    ids, mask = torch.tensor(Words().ids), torch.tensor(Words().mask)
+    logits = [m.eval()(input_ids=ids, attention_mask=mask).logits for m in (run.model, again)]
+    assert torch.equal(*logits)
