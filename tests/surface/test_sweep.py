@@ -71,6 +71,20 @@ def test_a_grid_equals_its_runs_and_continues_after_a_kill(tmp_path):
     assert len(atoll.compare(folder, metric="accuracy").groups) == 2
 
 
+def test_ctrl_c_before_the_first_round_of_a_trial(tmp_path, monkeypatch):
+    def asked(interrupt, training):
+        interrupt.asked = True
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr("atoll.training.train._asked", asked)
+        cut = atoll.sweep(wine(), {LR: [0.1]}, out=tmp_path)
+    assert not cut.finished and not cut.trials and "The same command continues it" in cut.text()
+    assert cut.values()["best"] is None
+    whole = atoll.sweep(wine(), {LR: [0.1]}, out=tmp_path)
+    assert whole.finished and len(whole.trials) == 1 and len(runs.list_runs(whole.path)) == 1
+
+
 def test_a_diverged_trial_and_all_of_them(tmp_path):
     recipe = {"model": "linear", "data": "diabetes", "rounds": 2, "recipe": "fedavg(lr=0.01)"}
     found = atoll.sweep(wine(**recipe), {LR: [1e300, 0.01]}, out=tmp_path)

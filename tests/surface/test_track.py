@@ -80,11 +80,12 @@ def test_rows_parameters_and_files(data, tmp_path):
 
 
 def test_a_tracker_that_raises_changes_no_bit_and_leaves_one_note(data, tmp_path):
-    plain = train(data, tmp_path / "a")
+    plain, memory = train(data, tmp_path / "a"), Memory(fails=3)
     with pytest.warns(Note, match="store is full"):
-        run = train(data, tmp_path / "b", observers=[Memory(fails=3)])
+        run = train(data, tmp_path / "b", observers=[memory])
     prints = [[row["fingerprint"] for row in read_rows(r.path / "metrics.jsonl")] for r in (plain, run)]
     assert prints[0] == prints[1] and run.status == "done"
+    assert [sent["status"] for sent in memory.runs.values()] == ["failed"]  # the tracker's run is ended
     notes = [row["text"] for row in read_rows(run.path / "events.jsonl") if row.get("event") == "note"]
     assert [note for note in notes if "tracker Memory failed" in note] == [
         "The tracker Memory failed and ended: OSError: the store is full"

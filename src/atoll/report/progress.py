@@ -5,6 +5,7 @@ Tests: tests/surface/test_notebook.py
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -157,10 +158,14 @@ class Mirror:
     def _call(self, act: Callable[[Observer], None]) -> None:
         if self._view is None:
             return
+        view = self._view
         try:
-            act(self._view)
+            act(view)
         except Exception as error:
             self._view = None
+            if isinstance(view, Closes):
+                with contextlib.suppress(Exception):  # one note is enough
+                    view.close()
             text = f"The {self._name} failed and ended: {type(error).__name__}: {error}"
             warnings.warn(Note(text), stacklevel=2)
             self._note(text)

@@ -230,7 +230,7 @@ def _values(key: str, value: Any) -> tuple[str, ...] | Range:
         write = Line(shell=_OF_THE_SWEEP[key])
         raise UsageError(f"--over {key}.", "another setting.", "the sweep itself sets it for each trial.", write)
     if not isinstance(value, str):
-        texts = tuple(str(each) for each in value)
+        texts = tuple(str(each).lower() if isinstance(each, bool) else str(each) for each in value)
     elif found := _RANGE.fullmatch(value.strip()):
         return _range(key, found.group(1), found.group(2), found.group(3))
     elif value.strip().startswith("[") and value.strip().endswith("]"):
@@ -483,9 +483,12 @@ class _Trainer:
             if begun.path is None or not runs.last_end(begun.path).startswith("failed"):
                 raise
             return task.row("failed", begun.path.name, None)
-        return task.row(run.status, run.path.name if run.path else "", self._value(run.metrics))
+        return task.row(run.status, run.path.name if run.path else "", self._value(run.status, run.metrics))
 
-    def _value(self, metrics: Mapping[str, float]) -> float:
+    def _value(self, status: str, metrics: Mapping[str, float]) -> float | None:
+        """The metric of an ended run; None for one that Ctrl-C stopped, perhaps before its first evaluation."""
+        if status == "interrupted":
+            return None
         if self.metric not in metrics:
             raise unknown_name("metric", self.metric, metrics, _metric_line)
         return metrics[self.metric]
@@ -506,7 +509,7 @@ class _Trainer:
         path = self.folder.run_of(task.tag)
         if done.returncode in (0, 130):
             found = json.loads(done.stdout)
-            return task.row(found["status"], found["run"], self._value(found["metrics"]))
+            return task.row(found["status"], found["run"], self._value(found["status"], found["metrics"]))
         if path is None or not runs.last_end(path).startswith("failed"):
             raise RunError(f"Trial {task.trial} ended with code {done.returncode}: {done.stderr.strip()[-2000:]}")
         return task.row("failed", path.name, None)
