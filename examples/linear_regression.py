@@ -25,6 +25,7 @@ from atoll.data import IID, Clients, Quantity
 from atoll.plan.optimizer.rules import sgd as step_of
 from atoll.plan.schedule import inverse
 from atoll.recipes import distributed_gd, fedsgd, gd, sgd
+from atoll.training.stop import Diverged
 
 
 def least_squares(data: Clients) -> tuple[Tensor, float, float]:
@@ -37,7 +38,8 @@ def least_squares(data: Clients) -> tuple[Tensor, float, float]:
 
 def iterates(plan: atoll.Plan, data: Clients, rounds: int, **settings) -> Tensor:
     """Return θ after each round of a training."""
-    training = atoll.rounds("linear", data, plan, rounds=rounds, dtype="float64", **settings)
+    stop = Diverged(factor=100)  # the heavy ball first rises to 19 times the loss of the start
+    training = atoll.rounds("linear", data, plan, rounds=rounds, dtype="float64", stop=stop, **settings)
     return torch.stack([training.state.model.theta for _ in training])
 
 

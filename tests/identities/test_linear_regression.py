@@ -9,7 +9,10 @@ import torch
 
 import atoll
 from atoll.data import IID, load
+from atoll.plan.plan import Plan
+from atoll.plan.registry import read_part
 from atoll.recipes import gd, sgd
+from atoll.training.experiment import REGRESSION_RECIPE, Experiment, linear_recipe
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "linear_regression.py"
 
@@ -43,6 +46,37 @@ def test_the_least_squares_solution_is_scikit_learns(data, known):
     theirs = LinearRegression().fit(x.numpy(), y.numpy())
     best = torch.tensor([*theirs.coef_, theirs.intercept_])
     assert (known[0] - best).norm() / best.norm() < 1e-12
+
+
+def test_the_default_converges_for_every_curvature_that_scaled_features_can_have():
+    """The trace of the mean of x xᵀ bounds λ: Nesterov's iteration has both roots inside the unit circle."""
+    for features in (1, 2, 5, 10, 100, 1000):
+        rate = read_part(linear_recipe(features), {"Plan": Plan}).optimizer.lr
+        left = 1 - 2 * rate * torch.linspace(1e-3, features + 1, 500, dtype=torch.float64)
+        roots = torch.complex(1.9 * left, 0 * left) / 2
+        step = torch.sqrt(roots.square() - 0.9 * left)
+        assert max(float((roots + step).abs().max()), float((roots - step).abs().max())) < 1
+
+
+def test_the_default_ends_at_least_squares_for_any_partition():
+    from sklearn.linear_model import LinearRegression
+
+    source = load("diabetes")
+    x, y = source.rows.take(torch.arange(442))
+    found = []
+    for clients in (2, 5):
+        it = Experiment(dataset="diabetes", model="linear", clients=clients, evaluate_every=100, dtype="float64")
+        data, report = it.data(), [*it.training()][-1]
+        found.append(report.metrics["r2"])
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
+    held = torch.zeros(442, dtype=torch.bool)
+    held[data.held_out.index] = True
+    theirs = LinearRegression().fit(x[~held], y[~held]).score(x[held], y[held])
+    assert abs(found[0] - theirs) < 0.02
+    assert (
+        Experiment(dataset="diabetes", model="linear", overrides={"cohort": "2"}).resolved().recipe == REGRESSION_RECIPE
+    )
+    assert Experiment(dataset="diabetes", model="linear", scale="none").resolved().recipe == REGRESSION_RECIPE
 
 
 @pytest.mark.slow

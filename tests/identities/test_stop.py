@@ -218,3 +218,9 @@ def test_refuses_with_a_line_that_builds(make):
 
 def test_known_metrics_pass():
     refuse_unknown(EVERY, ["loss", "gradient_norm", "accuracy", "margin"])
+
+
+def test_a_rule_of_the_user_replaces_the_default_one():
+    data = atoll.data.load("wine").split(2)
+    rules = atoll.rounds("softmax", data, atoll.recipes.fedavg(0.1), rounds=1, stop=[Diverged(factor=100)]).rules
+    assert [rule for _, rule in each(rules)] == [Rounds(1), Diverged(factor=100)]

@@ -173,7 +173,8 @@ class Training:
         self.commits = True  # False: a recorder that commits every round reports its commits to the engine
         if self.data.count:
             self._bind()
-        self.rules = (stops.Rounds(settings.rounds), stops.Diverged(), settings.stop)
+        replaced = any(isinstance(rule, stops.Diverged) for _, rule in stops.each(settings.stop))
+        self.rules = (stops.Rounds(settings.rounds), () if replaced else stops.Diverged(), settings.stop)
         if plan.releases:
             held = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.evaluator else ()
             stops.refuse_unknown(self.rules, ("epsilon", "gradient_norm", "lr", *held))

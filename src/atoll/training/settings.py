@@ -120,7 +120,7 @@ class TrainingFields:
             is multiplied by the weight of its class.
         evaluate: "pooled" evaluates all held-out rows together, "clients" the held-out rows of each client, "both"
             does both; None: "both" for natural clients, else "pooled".
-        stop: further rules that end the training; `Diverged()` is always active.
+        stop: further rules that end the training; `Diverged()` is active, except if they include one of their own.
         evaluate_every: the number of rounds between two evaluations on the held-out rows, ≥ 0; 0: no evaluation.
         numerics: the backend: "auto", "compiled", "fused", "lanes" or "loop".
         precision: "full", or "bf16": the products of the model in bfloat16 by torch's autocast; θ and sums stay in
