@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import atoll
 from atoll.base.errors import RunError, UsageError
 from atoll.base.grammar import parse
 from atoll.training.stop import (

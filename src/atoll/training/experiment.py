@@ -60,7 +60,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 CLIENTS, ROWS_EACH = 100, 10
 RECIPE = f"fedavg(lr={FEDAVG_RATE}, batch=10)"
 REGRESSION_RECIPE = "fedavg(lr=0.05, batch=10)"
-LARGEST_RATE = 0.1  # a client that trains by itself may have more curvature than all rows together
+LARGEST_RATE = 0.12  # a client that trains by itself may have more curvature than all rows together
 _KEYS = {"dataset": "data", "overrides": "plan"}
 _ABOUT_TABLE = (
     *("target", "by", "task", "missing", "scale", "columns", "drop", "na", "decimal", "dates"),
