@@ -19,6 +19,8 @@ TABLE = pandas.DataFrame(
         "y": ["no", "yes", "no"] * 20,
     }
 )
+TABLE.loc[4, "part"] = np.nan
+TABLE.loc[7, "text"] = None
 
 
 def fingerprint(source):
@@ -40,8 +42,11 @@ def test_all_doors_give_equal_clients(tmp_path):
     expected = fingerprint(frame(TABLE, **options))
     for name in ("t.csv", "t.csv.gz", "semi.csv", "t.parquet", "t.xlsx"):
         assert fingerprint(load(tmp_path / name, **options)) == expected, name
-    for df in (polars.from_pandas(TABLE), pyarrow.Table.from_pandas(TABLE)):
+    for df in (polars.from_pandas(TABLE), pyarrow.Table.from_pandas(TABLE), TABLE.assign(part=TABLE["part"].map(str))):
         assert fingerprint(frame(df, **options)) == expected
+    marked = TABLE.astype({"part": object}).fillna({"part": "NA"})
+    marked.to_excel(tmp_path / "t.xlsx", index=False)
+    assert fingerprint(load(tmp_path / "t.xlsx", **options)) == fingerprint(frame(marked, **options)) == expected
 
 
 @pytest.mark.parametrize(

@@ -115,15 +115,18 @@ def test_frames_keep_their_own_types():
             "whole": pandas.array([1, None, 3, 4], dtype="Int64"),
             "flag": [True, False, True, True],
             "level": pandas.Categorical(["a", "b", None, "a"]),
-            "code": ["1", "2", "1", "2"],
+            "code": pandas.Categorical(["1", "2", "1", "2"]),
+            "text": ["1.5", "2", "?", "4"],
             "y": [0.5, 1.5, 2.5, 3.5],
         },
         index=[7, 7, 8, 9],
     )
     data = frame(df, target="y", scale="none")
-    assert data.columns == ("whole", "flag", "level=a", "level=b", "level=?", "code=1", "code=2")
+    assert data.columns == ("whole", "flag", "level=a", "level=b", "level=?", "code=1", "code=2", "text")
     x = data.rows.take(torch.arange(4))[0]
     assert x[1, 0].isnan() and x[:, 1].tolist() == [1, 0, 1, 1] and x[2, 2:5].tolist() == [0, 0, 1]
+    assert x[[0, 1, 3], 7].tolist() == [1.5, 2, 4] and x[2, 7].isnan()
+    assert "Column 'text' contains texts that are numbers" in " ".join(data.notes)
 
 
 def test_rows_without_a_target_are_left_out_and_said(tmp_path):

@@ -443,7 +443,10 @@ def _series_cells(series: Any, name: str) -> Cells:
 
 
 def boxed_cells(values: Sequence[Any]) -> Cells:
-    """Return the cells of a list of Python objects: numbers, dates, or texts; None is missing."""
+    """Return the cells of a list of Python objects: numbers, dates, or texts; None is missing.
+
+    Numbers with texts between them, as a sheet with the cell NA has, are read by the rules of a text file.
+    """
     there = [value for value in values if value is not None]
     if there and all(isinstance(value, (bool, np.bool_)) for value in there):
         return NumberCells(np.array([np.nan if v is None else float(v) for v in values]), boolean=True)
@@ -452,7 +455,10 @@ def boxed_cells(values: Sequence[Any]) -> Cells:
     if all(isinstance(value, datetime.date) for value in there):
         days = [None if v is None else day_of(v.isoformat(), None) for v in values]
         return DayCells(np.array([np.nan if day is None else day for day in days]))
-    return LevelCells(coded([None if value is None else name_of(value) for value in values]))
+    texts = [None if value is None else name_of(value) for value in values]
+    if any(isinstance(value, (int, float, np.number)) and not isinstance(value, bool) for value in there):
+        return TextCells(["" if text is None else text for text in texts])
+    return LevelCells(coded(texts))
 
 
 def _in_order(texts: Texts, order: Sequence[str]) -> Texts:

@@ -26,6 +26,7 @@ from atoll.data.cells import (
     Texts,
     comma_number,
     day_of,
+    plain_numbers,
 )
 from atoll.data.input import ABSENT, OTHER, Column, DateColumn, NumberColumn, TextColumn
 from atoll.data.rows import Array
@@ -106,6 +107,23 @@ def typed(name: str, cells: Cells, rules: Rules) -> Typed:
         or _almost(name, texts, rules)
         or Typed(LevelCells(texts))
     )
+
+
+def numbers_in_texts(name: str, it: Typed, rules: Rules) -> Typed:
+    """A feature whose texts in a frame are all numbers, as numbers. A categorical column keeps its levels.
+
+    Args:
+        name: the name of the column.
+        it: the converted column.
+        rules: the options.
+    """
+    if not isinstance(it.cells, LevelCells) or it.fault or it.cells.found.ordered or rules.decimal == ",":
+        return it
+    values = plain_numbers(it.cells.found, rules.missing)
+    if values is None or np.isnan(values).all():
+        return it
+    note = f"Column {name!r} contains texts that are numbers, and is read as numbers; a categorical column has levels."
+    return Typed(NumberCells(values), (*it.notes, note))
 
 
 def _days_note(name: str) -> str:

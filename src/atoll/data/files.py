@@ -282,7 +282,9 @@ def _excel(path: Path, sheet: str | None) -> Any:
                 raise UsageError(
                     f"{path} has no sheet {sheet!r}.", f"one of {', '.join(names)}.", write=Change("sheet", near)
                 )
-            return pandas.read_excel(book, sheet_name=names[0] if sheet is None else sheet, keep_default_na=False)
+            return pandas.read_excel(
+                book, sheet_name=names[0] if sheet is None else sheet, keep_default_na=False, na_values=[""]
+            )
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, UsageError):
             raise

@@ -32,7 +32,7 @@ from atoll.data.cells import (
     cells_of,
     frame_cells,
 )
-from atoll.data.columns import Rules, Typed, absent, feature, picked, typed
+from atoll.data.columns import Rules, Typed, absent, feature, numbers_in_texts, picked, typed
 from atoll.data.files import CellTable, read_table
 from atoll.data.input import OTHER, Column, Input, InputTarget, TextColumn, yes_or_no
 from atoll.data.rows import Array, ArrayRows
@@ -341,7 +341,7 @@ def from_cells(name: str, read: CellTable, options: Options, door: Door) -> Sour
     notes = list(read.notes)
     if options.target is None:
         notes.append(f"Target guessed: the last column, {targets[0]!r}.")
-    raw = {column: typed(column, cells[column], rules) for column in features}
+    raw = {column: numbers_in_texts(column, typed(column, cells[column], rules), rules) for column in features}
     goals = {column: _goal(column, cells[column], rules, options) for column in targets}
     _refuse_infinite({**raw, **goals})
     empty = np.any([absent(goal.cells, rules.missing) for goal in goals.values()], axis=0)
