@@ -109,7 +109,7 @@ def test_a_row_that_does_not_fit_is_named(folder, data, message):
 
 def test_a_row_without_a_target_is_left_out(folder):
     mine = site_rows(changed(ill=(4, "")), whole(folder).input)
-    assert mine.sizes.tolist() == [11] and "1 rows" in mine.notes[0]
+    assert mine.sizes.tolist() == [11] and "1 row " in mine.notes[0]
 
 
 def test_arrays_of_another_kind_are_refused():

@@ -36,7 +36,7 @@ def test_columns_levels_and_what_was_guessed(flats):
     assert data.notes == (
         "Target guessed: the last column, 'price'.",
         "2 rows lack a value: filled with the train rows' means.",
-        "Column 'city': 1 missing cells have the level '?'.",
+        "Column 'city': 1 missing cell has the level '?'.",
         "Column 'city' contains texts: one column for each of 3 levels, found in all rows.",
         "Task guessed from numbers in column 'price': regression.",
         "Predictions of the target 'price' are in its own units.",
@@ -134,20 +134,20 @@ def test_rows_without_a_target_are_left_out_and_said(tmp_path):
     path.write_text("x,site,y\n1,a,0\n2,b,\n3,a,1\n4,b,NA\n")
     data = csv(path, by="site")
     assert len(data) == 2 and data.names == ("a",)
-    assert "2 rows without a target were left out: '' (1 rows), 'NA' (1 rows)." in data.notes
+    assert "2 rows without a target were left out: '' (1 row), 'NA' (1 row)." in data.notes
 
 
 @pytest.mark.parametrize(
     ("text", "words", "match"),
     [
-        ("a,b\n1,2\n3\n", {}, r"Line 3 of .* has 1 cells"),
+        ("a,b\n1,2\n3\n", {}, r"Line 3 of .* has 1 cell"),
         ("a,b\n", {}, "has 0 rows"),
         ("", {}, "has 0 rows"),
         ("1,2\n3,4\n", {}, "contains only numbers"),
         ("a,a\n1,2\n", {}, "Two columns are called 'a'"),
         ("a,b\n1,inf\n", {}, "Column 'b' contains inf at row 0"),
         ("a,b\n1,2\n-Infinity,3\n", {}, "Column 'a' contains -inf at row 1"),
-        ("a,b\n1,\n", {}, "Of 1 rows, 1 have no target"),
+        ("a,b\n1,\n", {}, "Of 1 row, 1 lack a target"),
         ("a,b\n?,1\n", {"missing": "drop"}, "1 lack another value"),
         ("a,b\n1,2\n", {"target": "c"}, "No column is called 'c'"),
         ("price,b\n1,2\n", {"target": "prize"}, 'Write: target="price"'),

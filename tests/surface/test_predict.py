@@ -62,7 +62,7 @@ def test_the_command_answers_in_the_words_of_the_file(run, capsys):
     assert abs(answered["metrics"]["accuracy"] - right) < 1e-9 and right > 0.8
     assert all(abs(float(row["p=no"]) + float(row["p=yes"]) - 1) < 1e-6 for row in rows)
     assert sum(client["rows"] for client in answered["clients"].values()) == answered["rows"] == 60
-    assert "'b': 'extreme' is no level of the model (1 rows)" in printed.err
+    assert "'b': 'extreme' is no level of the model (1 row)" in printed.err
     new = pandas.read_csv(folder / "new.csv", keep_default_na=False)
     assert found.predictor.predict(new).tolist() == [row["prediction"] for row in rows]
     assert found.predictor.predict_proba(new)[:, 1].tolist() == [float(row["p=yes"]) for row in rows]
@@ -256,7 +256,7 @@ def test_a_class_unseen_in_training_counts_as_wrong(run, tmp_path, capsys):
     found_words = found.predictor.predict(df)
     right = sum(a == b for a, b in zip(found_words, df["ill"], strict=True)) / 59
     assert json.loads(printed.out)["metrics"] == {"accuracy": pytest.approx(right, abs=1e-12)}
-    assert "10 rows have a class that training did not have" in printed.err
+    assert "10 rows have a class unseen in training" in printed.err
 
 
 def test_as_renames_the_prediction(run, tmp_path, capsys):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from atoll.base.names import counted
 from atoll.data.cells import (
     COMMA,
     NUMBER_NA,
@@ -207,7 +208,7 @@ def _almost(name: str, texts: Texts, rules: Rules) -> Typed | None:
     if not bad or total - bad < ALMOST * total:
         return None
     examples = ", ".join(f"{texts.levels[i]!r} at row {texts.first(i)}" for i in wrong[:3])
-    given = f"Column {name!r} contains numbers, except for {bad} of {total} cells: {examples}."
+    given = f"Column {name!r} contains numbers, except for {bad} of {counted(total, 'cell')}: {examples}."
     return Typed(LevelCells(texts), fault=given, write={"na": _na(rules, texts, [texts.levels[i] for i in wrong])})
 
 
@@ -304,14 +305,15 @@ def _levels(name: str, it: Typed, rules: Rules) -> tuple[Column | None, Typed]:
         frequent = set(sorted(there, key=lambda i: (-counts[i], texts.levels[i]))[: rules.max_levels])
         rest = int(sum(counts[i] for i in there if i not in frequent))
         there = [i for i in there if i in frequent]
-        notes.append(f"Column {name!r}: {rest} rows with a rare text have the level {OTHER!r}.")
+        notes.append(f"Column {name!r}: {counted(rest, 'row')} with a rare text: the level {OTHER!r}.")
     levels = [texts.levels[i] for i in there] + ([ABSENT] if gaps.any() else [])
     words = {texts.levels[i]: int(counts[i]) for i in there if texts.levels[i].lower() in NUMBER_NA}
     if words:
-        listed = ", ".join(f"{word!r} ({count} rows)" for word, count in words.items())
+        listed = ", ".join(f"{word!r} ({counted(count, 'row')})" for word, count in words.items())
         notes.append(f"Column {name!r}: {listed} counts as a level, not as missing.")
     if gaps.any():
-        notes.append(f"Column {name!r}: {int(gaps.sum())} missing cells have the level {ABSENT!r}.")
+        missing = counted(int(gaps.sum()), "missing cell has", "missing cells have")
+        notes.append(f"Column {name!r}: {missing} the level {ABSENT!r}.")
     if collected:
         levels = [*(level for level in levels if level != OTHER), OTHER]
     notes.append(f"Column {name!r} contains texts: one column for each of {len(levels)} levels, found in all rows.")

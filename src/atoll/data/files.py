@@ -27,6 +27,7 @@ import numpy as np
 from atoll.base.errors import UsageError, did_you_mean
 from atoll.base.files import no_such_file
 from atoll.base.lines import Change, Line, Load, Write
+from atoll.base.names import counted
 from atoll.data.cells import (
     ArrowCells,
     Cells,
@@ -428,7 +429,7 @@ class _Csv:
         for line in table:
             if line and len(line) != len(self.header):
                 raise UsageError(
-                    f"Line {table.line_num + 1} of {self.path} has {len(line)} cells.",
+                    f"Line {table.line_num + 1} of {self.path} has {counted(len(line), 'cell')}.",
                     f"{len(self.header)} cells, the number in the header.",
                     "a cell's position determines its column.",
                     f"sed -n {table.line_num + 1}p {self.path}",

@@ -23,6 +23,7 @@ from atoll.base.errors import UsageError, unknown_name
 from atoll.base.grammar import parse
 from atoll.base.lines import Change, Split
 from atoll.base.markup import html_table, mimebundle
+from atoll.base.names import counted
 from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments
 from atoll.data.cells import EPOCH, Cells, Missing
@@ -395,7 +396,7 @@ class Source:
             return replace(self, rows=RelabelledRows(self.rows, y), classes=given.classes)
         values = given.values(self.cells)
         unknown = tuple(
-            f"Column {column!r} contains {text!r} in {count} rows, which the input does not know."
+            f"Column {column!r} contains {text!r} in {counted(count, 'row')}, which the input does not know."
             for (column, text), count in values.unknown.items()
         )
         rows = ArrayRows(given.expand(torch.from_numpy(values.numbers)), y, self.kind == "regression")
@@ -480,9 +481,8 @@ class Source:
 def _few_rows(sizes: Tensor) -> tuple[str, ...]:
     """A note if the natural clients have few rows each: their column may name the rows."""
     middle = int(sizes.median())
-    rows = "1 row" if middle == 1 else f"{middle} rows"
     question = "does the column of the clients name a row, or a client?"
-    return () if middle >= FEW_ROWS else (f"The median client has {rows}: {question}",)
+    return () if middle >= FEW_ROWS else (f"The median client has {counted(middle, 'row')}: {question}",)
 
 
 def _floats(values: Tensor) -> tuple[float, ...]:
@@ -545,7 +545,9 @@ def _deal(partition: Partition, pool: Pool, clients: int, min_rows: int, key: Ke
         if short > 10:
             break
     moved, drawn = int(missing.sum()), f" after {draw} draws" if draw > 1 else ""
-    note = f"{partition}: {moved} rows were moved{drawn}, to give each client min_rows={min_rows}."
+    note = (
+        f"{partition}: {counted(moved, 'row was', 'rows were')} moved{drawn}, to give each client min_rows={min_rows}."
+    )
     return fill_up(owner, clients, min_rows, key.fold("fill-up")), (note,)
 
 

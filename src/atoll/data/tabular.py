@@ -19,6 +19,7 @@ import torch
 
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.lines import Change, Line, Load, Split, Write, literal
+from atoll.base.names import counted
 from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments
 from atoll.data.arrays import TASKS, distinct, fixed_classes, several_labels
@@ -288,7 +289,7 @@ def _wanted(header: Sequence[str], options: Options) -> list[str]:
     features = [n for n in chosen or header if n not in (*drop, *targets, options.by) and not n.startswith("@")]
     if not features:
         raise UsageError(
-            f"Of {len(header)} columns no feature is left.",
+            f"Of {counted(len(header), 'column')} no feature is left.",
             "a target, and at least one feature.",
             "a model predicts the target from features.",
         )
@@ -316,7 +317,7 @@ def _targets(header: Sequence[str], options: Options, drop: Sequence[str] = ()) 
         chosen = name_list(options.columns, header)
         others = [n for n in others if n not in chosen] or others
     if not others:
-        raise UsageError(f"The table has {len(header)} columns.", "a target, and at least one feature.")
+        raise UsageError(f"The table has {counted(len(header), 'column')}.", "a target, and at least one feature.")
     return [others[-1]]
 
 
@@ -337,7 +338,7 @@ def from_cells(name: str, read: CellTable, options: Options, door: Door) -> Sour
     aside = [column for column in name_list(options.keep, list(cells)) if column not in chosen]
     features = [column for column in cells if column not in (*targets, *aside, options.by)]
     if not features:
-        raise UsageError(f"{name} has {len(cells)} columns.", "a target, and at least one feature.")
+        raise UsageError(f"{name} has {counted(len(cells), 'column')}.", "a target, and at least one feature.")
     notes = list(read.notes)
     if options.target is None:
         notes.append(f"Target guessed: the last column, {targets[0]!r}.")
@@ -459,13 +460,13 @@ def _usable_rows(
 ) -> tuple[Array, tuple[str, ...]]:
     """Mark the usable rows, bool `[rows]`, and return notes about the others."""
     drops = options.missing == "drop"
-    counted = [it for it in raw.values() if drops or it.numbers is not None]
-    gaps = np.any([absent(it.cells, rules.missing) for it in counted], axis=0) if counted else np.zeros_like(empty)
+    filled = [it for it in raw.values() if drops or it.numbers is not None]
+    gaps = np.any([absent(it.cells, rules.missing) for it in filled], axis=0) if filled else np.zeros_like(empty)
     gaps = gaps & ~empty
     keep = ~(empty | gaps) if drops else ~empty
     if not keep.any():
         raise UsageError(
-            f"Of {len(keep)} rows, {int(empty.sum())} have no target, {int(gaps.sum())} lack another value.",
+            f"Of {counted(len(keep), 'row')}, {empty.sum()} lack a target, {gaps.sum()} lack another value.",
             "at least one complete row.",
             "missing='drop' drops incomplete rows." if gaps.any() else "a row without a target has no loss.",
             Change("missing", "mean") if gaps.any() else "",
@@ -473,16 +474,19 @@ def _usable_rows(
     notes = []
     if empty.any():
         texts = ", ".join(
-            f"{text!r} ({count} rows)" for c in goals for text, count in _counted(cells[c].texts(), empty).items()
+            f"{text!r} ({counted(count, 'row')})"
+            for c in goals
+            for text, count in _text_counts(cells[c].texts(), empty).items()
         )
-        notes.append(f"{int(empty.sum())} rows without a target were left out{': ' if texts else ''}{texts}.")
+        lost = counted(int(empty.sum()), "row without a target was", "rows without a target were")
+        notes.append(f"{lost} left out{': ' if texts else ''}{texts}.")
     if gaps.any():
         action = "left out" if drops else "filled with the train rows' means"
-        notes.append(f"{int(gaps.sum())} rows lack a value: {action}.")
+        notes.append(f"{counted(int(gaps.sum()), 'row lacks', 'rows lack')} a value: {action}.")
     return keep, tuple(notes)
 
 
-def _counted(texts: Texts, rows: Array) -> dict[str, int]:
+def _text_counts(texts: Texts, rows: Array) -> dict[str, int]:
     """The number of marked rows of each text."""
     codes = texts.codes[rows]
     counts = np.bincount(codes[codes >= 0], minlength=len(texts.levels)).tolist()
@@ -556,7 +560,9 @@ def _odd_classes(name: str, texts: Texts, options: Options) -> tuple[str, ...]:
     for text, count in zip(texts.levels, texts.counts.tolist(), strict=True):
         if count and text.lower() in NUMBER_NA:
             line = ",".join([*name_list(options.na), text])
-            out.append(f'Column {name!r}: {text!r} is a class ({count} rows); na="{line}" leaves these rows out.')
+            out.append(
+                f'Column {name!r}: {text!r} is a class ({counted(count, "row")}); na="{line}" leaves these rows out.'
+            )
     return tuple(out)
 
 

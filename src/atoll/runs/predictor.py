@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.base.errors import UsageError
+from atoll.base.names import counted
 from atoll.compute.loss import ClassWeighted, PerExample, poisson, values_of
 from atoll.compute.metrics import Counts, Metric, row_sums, summed
 from atoll.compute.outputs import logits_of
@@ -115,7 +116,7 @@ class Predictor:
         if array.ndim != 2 or array.shape[1] != len(names):
             raise UsageError(
                 f"The rows have shape {array.shape[1:]}.",
-                f"the {len(names)} columns {', '.join(names)}, in this order; or a frame.",
+                f"the {counted(len(names), 'column')} {', '.join(names)}, in this order; or a frame.",
                 "without names the order determines the columns.",
             )
         if array.dtype.kind in "biuf":
