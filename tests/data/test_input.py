@@ -154,6 +154,16 @@ def test_both_readers_give_equal_cells(cells, na):
     assert one.strings() == two.strings()
 
 
+def test_a_comma_between_thousands_is_no_decimal_mark():
+    """The mean of the train rows tells which one it is."""
+    column = NumberColumn("pay", fill=4900.0)
+    it = Input(target=InputTarget("regression"), features=(1,), outputs=1, columns=(column,))
+    with pytest.raises(UsageError, match="'1,651' at row 1"):
+        it.prepare({"pay": ["900", "1,651"]})
+    small = structs.replace(it, columns=(NumberColumn("pay", fill=2.0),))
+    assert small.prepare({"pay": ["900", "1,651"]})[:, 0].tolist() == pytest.approx([900, 1.651])
+
+
 def test_numbers_with_a_comma():
     assert [comma_number(t) for t in ("1,5", "-1.234.567,25", "12", "1.5", "1,5,5", "1.23,5")] == [
         *(1.5, -1234567.25, 12.0, None, None, None)

@@ -36,6 +36,8 @@ FILES = {
     "soon": "u;v;y\n"
     + rows(lambda i: i, lambda i: "soon" if i == 7 else f"2024-01-{10 + i % 9}", lambda i: "ab"[i % 2]),
     "almost": "u;v;y\n" + rows(lambda i: i, lambda i: "?-" if i == 7 else i, lambda i: "ab"[i % 2]),
+    "thousands": "u,v,y\n" + "\n".join(f'{i},"{i % 3 + 1},{i + 100}",{"ab"[i % 2]}' for i in range(40)),
+    "certain": "u;v;y\n" + rows(lambda i: i, lambda i: f"1,{i + 100}.5" if i else 7, lambda i: "ab"[i % 2]),
     "names": "u;v;y\n" + rows(lambda i: i, lambda i: f"p{i}", lambda i: "ab"[i % 2]),
 }
 TABLES = [
@@ -50,6 +52,8 @@ TABLES = [
     ("german", {}, "dates that are not ISO"),
     ("soon", {}, "contains dates, and 'soon' at row 7"),
     ("almost", {}, "numbers, except for 1 of 40 cells: '?-' at row 7"),
+    ("thousands", {}, "a comma before three digits: '1,100' at row 0. If it separates thousands"),
+    ("certain", {}, "'1,101.5' at row 1. If it separates thousands, remove it"),
     ("names", {"by": "v"}, "40 different values in 40 rows"),
 ]
 

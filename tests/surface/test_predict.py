@@ -72,6 +72,8 @@ def test_the_command_answers_in_the_words_of_the_file(run, capsys):
         and mine.clients["s"]["accuracy"] == answered["clients"]["s"]["accuracy"]
     )
     assert found.predictor.score(new, new["ill"]) == right
+    blanks = found.predictor.evaluate(new, new["ill"] + " ", new["site"].where(new.index % 2 == 0, new["site"] + " "))
+    assert blanks == mine and found.predictor.score(new, new["ill"] + " ") == right
 
 
 def test_predictions_do_not_depend_on_batches_and_readers(run, monkeypatch, capsys):

@@ -25,7 +25,7 @@ RESERVED = (*COUNTS, "lr", "gradient_norm", "held_out_loss", "rows", "id")  # na
 ROWS_OF = "rows/"  # the prefix of a sum that counts the rows of one metric only
 
 
-def counted(count: int, one: str, several: str = "") -> str:
+def with_noun(count: int, one: str, several: str = "") -> str:
     """A number with its noun, and with further words that agree with it.
 
     Args:
@@ -33,7 +33,7 @@ def counted(count: int, one: str, several: str = "") -> str:
         one: the words after 1.
         several: the words after every other number; empty: `one` with an s.
     Example:
-        >>> counted(1, "row"), counted(0, "row"), counted(2, "row lacks", "rows lack")
+        >>> with_noun(1, "row"), with_noun(0, "row"), with_noun(2, "row lacks", "rows lack")
         ('1 row', '0 rows', '2 rows lack')
     """
     return f"{count} {one if count == 1 else several or one + 's'}"

@@ -20,7 +20,7 @@ import torch
 
 from atoll.base.errors import RunError, UsageError, unknown_name
 from atoll.base.lines import Line
-from atoll.base.names import counted
+from atoll.base.names import with_noun
 from atoll.cli import output
 from atoll.compute.loss import cox
 from atoll.data.cells import Cells, NumberCells
@@ -82,12 +82,12 @@ def predict_file(predictor: Predictor, request: Request) -> int:
             raise UsageError(f"{request.data} has 0 rows.", "at least one row.", write=f"head {request.data}")
     for (column, text), count in seen.unknown.items():
         print(
-            f"Column {column!r}: {text!r} is no level of the model ({counted(count, 'row')}). All its columns are 0.",
+            f"Column {column!r}: {text!r} is no level of the model ({with_noun(count, 'row')}). All its columns are 0.",
             file=sys.stderr,
         )
     if seen.strangers:
         print(
-            f"{counted(seen.strangers, 'row')} of unknown clients: they use the model of the server.", file=sys.stderr
+            f"{with_noun(seen.strangers, 'row')} of unknown clients: they use the model of the server.", file=sys.stderr
         )
     result = seen.tally.result() if seen.tally.rows else None
     _report(request, seen, result)
@@ -119,7 +119,7 @@ def _arrays(folder: Path, input: Input) -> Stream:
     except (OSError, ValueError, EOFError) as error:
         raise UsageError(f"{folder} cannot be read: {error}.", "arrays that NumPy wrote.") from None
     if y is not None and len(x) != len(y):
-        raise UsageError(f"x.npy has {counted(len(x), 'row')}, y.npy has {len(y)}.", "the same number of rows.")
+        raise UsageError(f"x.npy has {with_noun(len(x), 'row')}, y.npy has {len(y)}.", "the same number of rows.")
     size = max(1024, ARRAY_BYTES // max(1, x[:1].nbytes) // 1024 * 1024)
 
     def batches() -> Iterator[RowBatch]:
@@ -202,7 +202,7 @@ def _report(request: Request, seen: _Seen, result: PredictionScores | None) -> N
     """Print the metrics: as one JSON object, or as lines on stderr."""
     if result is not None and result.unseen:
         print(
-            f"{counted(result.unseen, 'row has', 'rows have')} a class unseen in training, which counts as wrong.",
+            f"{with_noun(result.unseen, 'row has', 'rows have')} a class unseen in training, which counts as wrong.",
             file=sys.stderr,
         )
     if request.as_json:
@@ -227,7 +227,7 @@ def _whole_rows(values: Any) -> dict[str, Any]:
 
 def _line(name: str, values: Any) -> str:
     rest = "  ".join(f"{metric} {format_number(value)}" for metric, value in values.items() if metric != "rows")
-    return f"{name}: {counted(int(values['rows']), 'row')}  {rest}"
+    return f"{name}: {with_noun(int(values['rows']), 'row')}  {rest}"
 
 
 class _Writer(Protocol):

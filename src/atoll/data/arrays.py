@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from atoll.base.errors import ClientError, UsageError, unknown_name
 from atoll.base.lines import Change, Line, literal
-from atoll.base.names import counted
+from atoll.base.names import with_noun
 from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments, plain_number
 from atoll.data.cells import name_of
@@ -469,7 +469,7 @@ def _same_length(a: Tensor | Array, b: Tensor | Array, one: str, other: str) -> 
             raise UsageError(f"{subject} is a single value.", "one value for each row.")
     if len(a) != len(b):
         raise UsageError(
-            f"{one} has {counted(len(a), 'row')}, {other} has {len(b)}.",
+            f"{one} has {with_noun(len(a), 'row')}, {other} has {len(b)}.",
             "the same number of rows.",
             "row i of one belongs to row i of the other.",
         )
@@ -583,7 +583,7 @@ def _complete(x: Tensor | Array, targets: Targets, by: Any) -> tuple[Tensor | Ar
     if not bool(keep.any()):
         raise UsageError("Every row lacks a number.", "at least one complete row.", write=Change("missing", "mean"))
     by = None if by is None else _array(by, "by")[keep.numpy()]
-    note = f"{counted(int((~keep).sum()), 'row lacks', 'rows lack')} a value: left out."
+    note = f"{with_noun(int((~keep).sum()), 'row lacks', 'rows lack')} a value: left out."
     y = torch.as_tensor(np.asarray(targets.y))[keep]
     return torch.as_tensor(np.asarray(x))[keep], targets._replace(y=y), by, (note,)
 

@@ -26,6 +26,7 @@ EPOCH = datetime.date(1970, 1, 1)
 NUMBER_NA = frozenset({"", "?", "na", "n/a", "nan", "null", "none"})
 TEXT_NA = frozenset({"", "?"})
 COMMA = re.compile(r"[-+]?\d+(\.\d{3})*,\d+")
+GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?")  # thousands, or a decimal comma
 INTEGER = re.compile(r"[-+]?\d+")
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from atoll.base.names import counted
+from atoll.base.names import with_noun
 from atoll.data.cells import (
     COMMA,
+    GROUPED,
     NUMBER_NA,
     Cells,
     DayCells,
@@ -46,6 +47,7 @@ class Rules:
         missing: the texts of missing values.
         decimal: "." or "," for the decimal mark; None: a comma is recognized if cells do not end at commas.
         commas: whether cells end at commas.
+        separated: whether cells end at other marks, so that a comma is no separator of cells.
         dates: None for ISO dates, "drop" to leave dates out, or a format of `strptime`.
         max_levels: the largest number of levels of a column of texts.
         other: whether further levels are collected in one level, "other".
@@ -54,6 +56,7 @@ class Rules:
     missing: Missing = Missing()
     decimal: str | None = None
     commas: bool = False
+    separated: bool = False
     dates: str | None = None
     max_levels: int = 100
     other: bool = False
@@ -104,6 +107,7 @@ def typed(name: str, cells: Cells, rules: Rules) -> Typed:
         return Typed(cells)
     return (
         _dates(name, texts, rules)
+        or _thousands(name, texts, rules)
         or _decimal_commas(name, texts, rules)
         or _almost(name, texts, rules)
         or Typed(LevelCells(texts))
@@ -169,6 +173,24 @@ def _format_of(text: str) -> str:
     return f"%m/%d/{year}" if mark == "/" and int(text.split(mark)[1]) > 12 else f"%d{mark}%m{mark}{year}"
 
 
+def _thousands(name: str, texts: Texts, rules: Rules) -> Typed | None:
+    """A fault for numbers whose comma may separate thousands. In a file with other separators it is a decimal mark."""
+    there = [i for i, text in enumerate(texts.levels) if not rules.missing.number(text)]
+    commas = [i for i in there if "," in texts.levels[i]]
+    if rules.decimal == "," or not commas or not all(GROUPED.fullmatch(texts.levels[i]) for i in commas):
+        return None
+    if not all(_is_number(texts.levels[i].replace(",", "")) for i in there):
+        return None
+    certain = [i for i in commas if not COMMA.fullmatch(texts.levels[i])]
+    if rules.separated and not certain:
+        return None
+    at = (certain or commas)[0]
+    given = f"Column {name!r} contains a comma before three digits: {texts.levels[at]!r} at row {texts.first(at)}. "
+    given += "If it separates thousands, remove it, for example by pandas.read_csv(path, thousands=',')"
+    given += "." if certain else "; decimal=',' reads it as a decimal mark."
+    return Typed(LevelCells(texts), fault=given, write={"drop": name})
+
+
 def _decimal_commas(name: str, texts: Texts, rules: Rules) -> Typed | None:
     if rules.decimal == "." or (rules.commas and rules.decimal is None):
         return None
@@ -208,7 +230,7 @@ def _almost(name: str, texts: Texts, rules: Rules) -> Typed | None:
     if not bad or total - bad < ALMOST * total:
         return None
     examples = ", ".join(f"{texts.levels[i]!r} at row {texts.first(i)}" for i in wrong[:3])
-    given = f"Column {name!r} contains numbers, except for {bad} of {counted(total, 'cell')}: {examples}."
+    given = f"Column {name!r} contains numbers, except for {bad} of {with_noun(total, 'cell')}: {examples}."
     return Typed(LevelCells(texts), fault=given, write={"na": _na(rules, texts, [texts.levels[i] for i in wrong])})
 
 
@@ -305,14 +327,14 @@ def _levels(name: str, it: Typed, rules: Rules) -> tuple[Column | None, Typed]:
         frequent = set(sorted(there, key=lambda i: (-counts[i], texts.levels[i]))[: rules.max_levels])
         rest = int(sum(counts[i] for i in there if i not in frequent))
         there = [i for i in there if i in frequent]
-        notes.append(f"Column {name!r}: {counted(rest, 'row')} with a rare text: the level {OTHER!r}.")
+        notes.append(f"Column {name!r}: {with_noun(rest, 'row')} with a rare text: the level {OTHER!r}.")
     levels = [texts.levels[i] for i in there] + ([ABSENT] if gaps.any() else [])
     words = {texts.levels[i]: int(counts[i]) for i in there if texts.levels[i].lower() in NUMBER_NA}
     if words:
-        listed = ", ".join(f"{word!r} ({counted(count, 'row')})" for word, count in words.items())
+        listed = ", ".join(f"{word!r} ({with_noun(count, 'row')})" for word, count in words.items())
         notes.append(f"Column {name!r}: {listed} counts as a level, not as missing.")
     if gaps.any():
-        missing = counted(int(gaps.sum()), "missing cell has", "missing cells have")
+        missing = with_noun(int(gaps.sum()), "missing cell has", "missing cells have")
         notes.append(f"Column {name!r}: {missing} the level {ABSENT!r}.")
     if collected:
         levels = [*(level for level in levels if level != OTHER), OTHER]

@@ -27,7 +27,7 @@ import numpy as np
 from atoll.base.errors import UsageError, did_you_mean
 from atoll.base.files import no_such_file
 from atoll.base.lines import Change, Line, Load, Write
-from atoll.base.names import counted
+from atoll.base.names import with_noun
 from atoll.data.cells import (
     ArrowCells,
     Cells,
@@ -53,12 +53,12 @@ class CellTable(NamedTuple):
     Args:
         columns: the cells by column.
         notes: sentences about guesses.
-        commas: whether cells end at commas.
+        mark: the mark at which cells end; empty: the file has types.
     """
 
     columns: dict[str, Cells]
     notes: tuple[str, ...] = ()
-    commas: bool = False
+    mark: str = ""
 
 
 class RowBatch(NamedTuple):
@@ -123,7 +123,7 @@ def read_table(path: str | Path, pick: Pick, encoding: str = "utf-8", sheet: str
                 "one model reads all files.",
             )
     columns = {name: _joined(name, [table.columns[name] for table in tables]) for name in first.columns}
-    return CellTable(columns, (*first.notes, f"{len(files)} files were read."), first.commas)
+    return CellTable(columns, (*first.notes, f"{len(files)} files were read."), first.mark)
 
 
 def _without(pick: Pick, extra: dict[str, str]) -> Pick:
@@ -193,7 +193,7 @@ def _read(path: Path, pick: Pick, encoding: str, sheet: str | None) -> CellTable
     if not batches:
         raise UsageError(f"{path} has 0 rows.", "a header line, and at least one row.", write=f"head {path}")
     columns = {name: _joined(name, [batch.cells[name] for batch in batches]) for name in wanted}
-    return CellTable(columns, text.notes, text.mark == ",")
+    return CellTable(columns, text.notes, text.mark)
 
 
 def _joined(name: str, parts: Sequence[Cells]) -> Cells:
@@ -429,7 +429,7 @@ class _Csv:
         for line in table:
             if line and len(line) != len(self.header):
                 raise UsageError(
-                    f"Line {table.line_num + 1} of {self.path} has {counted(len(line), 'cell')}.",
+                    f"Line {table.line_num + 1} of {self.path} has {with_noun(len(line), 'cell')}.",
                     f"{len(self.header)} cells, the number in the header.",
                     "a cell's position determines its column.",
                     f"sed -n {table.line_num + 1}p {self.path}",

@@ -28,6 +28,7 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.lines import Line
 from atoll.data.cells import (
+    GROUPED,
     Cells,
     Missing,
     Texts,
@@ -249,7 +250,7 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
             cells = table[column.name]
             match column:
                 case NumberColumn():
-                    out[:, place] = self._numbers(column.name, cells, first)
+                    out[:, place] = self._numbers(column, cells, first)
                 case DateColumn():
                     out[:, place] = self._days(column, cells, first)
                 case TextColumn():
@@ -268,7 +269,8 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
             'the run was trained with missing="drop", so the model has no number to fill in.',
         )
 
-    def _numbers(self, name: str, cells: Cells, first: int) -> Array:
+    def _numbers(self, column: NumberColumn, cells: Cells, first: int) -> Array:
+        name = column.name
         found = cells.numbers(Missing(self.na))
         if found is None and not len(cells):
             found = np.zeros(0)
@@ -279,6 +281,7 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
             values = comma_numbers(texts, missing) if values is None else values
             if values is None:
                 raise self._other_type(name, texts, first, "a number", _in_some_form)
+            _refuse_thousands(column, texts, first)
             found = values
         if np.isinf(found).any():
             row = int(np.isinf(found).argmax())
@@ -509,7 +512,8 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
         if self.target.kind == "labels":
             return torch.from_numpy(yes_or_no(self.target.names[0], cells)).nan_to_num(IGNORED).long()
         if self.target.classes is None:
-            return torch.from_numpy(self._numbers(self.target.names[0], cells, 0))
+            mean = self.target.centre[0] if len(self.target.centre) == 1 else 0.0
+            return torch.from_numpy(self._numbers(NumberColumn(self.target.names[0], fill=mean), cells, 0))
         place = {level: code for code, level in enumerate(self.target.classes)}
         texts = cells.texts()
         codes = np.array([*(self._class_of(text, place) for text in texts.levels), -2], dtype=np.int64)
@@ -649,6 +653,18 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _refuse_thousands(column: NumberColumn, texts: Texts, first: int) -> None:
+    """Refuse a comma before three digits if the number without it is nearer to the mean of the train rows."""
+    for code, text in enumerate(texts.levels):
+        number = float(text.replace(",", "")) if GROUPED.fullmatch(text) else math.nan
+        if abs(number - column.fill) < abs(number / 1000 - column.fill):
+            raise UsageError(
+                f"Column {column.name!r} contains {text!r} at row {first + texts.first(code)}.",
+                "numbers without a mark between thousands.",
+                f"the mean of the train rows is {column.fill:.6g}, so the comma seems to separate thousands.",
+            )
 
 
 def _in_some_form(text: str) -> bool:

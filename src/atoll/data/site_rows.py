@@ -19,7 +19,7 @@ from msgspec import structs
 from torch import Tensor
 
 from atoll.base.errors import UsageError
-from atoll.base.names import counted
+from atoll.base.names import with_noun
 from atoll.base.random import Key
 from atoll.data.arrays import arrays
 from atoll.data.cells import Cells, cells_of
@@ -159,7 +159,9 @@ def _of_cells(name: str, cells: Mapping[str, Cells], given: Input, by: str | Non
     gaps = np.isnan(values).any(1) if given.missing == "drop" else np.zeros(len(values), dtype=bool)
     keep = ~(empty.numpy() | gaps)
     if not keep.any():
-        raise UsageError(f"{name} has {counted(len(keep), 'row')}, and none is complete.", "at least one complete row.")
+        raise UsageError(
+            f"{name} has {with_noun(len(keep), 'row')}, and none is complete.", "at least one complete row."
+        )
     _refuse_levels(given, cells, np.where(keep[:, None], values, 0.0))
     kept = torch.from_numpy(keep)
     names, codes = _clients(given, cells, by, keep)
@@ -173,7 +175,7 @@ def _of_cells(name: str, cells: Mapping[str, Cells], given: Input, by: str | Non
         columns=given.names,
         by=codes,
         names=names,
-        notes=(f"{counted(left, 'row')} without a target or another value: left out.",) if left else (),
+        notes=(f"{with_noun(left, 'row')} without a target or another value: left out.",) if left else (),
         schema=given,
     )
 

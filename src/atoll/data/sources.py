@@ -23,7 +23,7 @@ from atoll.base.errors import UsageError, unknown_name
 from atoll.base.grammar import parse
 from atoll.base.lines import Change, Split
 from atoll.base.markup import html_table, mimebundle
-from atoll.base.names import counted
+from atoll.base.names import with_noun
 from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments
 from atoll.data.cells import EPOCH, Cells, Missing
@@ -396,7 +396,7 @@ class Source:
             return replace(self, rows=RelabelledRows(self.rows, y), classes=given.classes)
         values = given.values(self.cells)
         unknown = tuple(
-            f"Column {column!r} contains {text!r} in {counted(count, 'row')}, which the input does not know."
+            f"Column {column!r} contains {text!r} in {with_noun(count, 'row')}, which the input does not know."
             for (column, text), count in values.unknown.items()
         )
         rows = ArrayRows(given.expand(torch.from_numpy(values.numbers)), y, self.kind == "regression")
@@ -482,7 +482,7 @@ def _few_rows(sizes: Tensor) -> tuple[str, ...]:
     """A note if the natural clients have few rows each: their column may name the rows."""
     middle = int(sizes.median())
     question = "does the column of the clients name a row, or a client?"
-    return () if middle >= FEW_ROWS else (f"The median client has {counted(middle, 'row')}: {question}",)
+    return () if middle >= FEW_ROWS else (f"The median client has {with_noun(middle, 'row')}: {question}",)
 
 
 def _floats(values: Tensor) -> tuple[float, ...]:
@@ -544,10 +544,9 @@ def _deal(partition: Partition, pool: Pool, clients: int, min_rows: int, key: Ke
         # If m clients fall short in one draw, about one draw in e^m gives every client enough rows.
         if short > 10:
             break
-    moved, drawn = int(missing.sum()), f" after {draw} draws" if draw > 1 else ""
-    note = (
-        f"{partition}: {counted(moved, 'row was', 'rows were')} moved{drawn}, to give each client min_rows={min_rows}."
-    )
+    moved = with_noun(int(missing.sum()), "row was", "rows were")
+    drawn = f" after {draw} draws" if draw > 1 else ""
+    note = f"{partition}: {moved} moved{drawn}, to give each client min_rows={min_rows}."
     return fill_up(owner, clients, min_rows, key.fold("fill-up")), (note,)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.lines import Change, Line, Load, Split, Write, literal
-from atoll.base.names import counted
+from atoll.base.names import with_noun
 from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments
 from atoll.data.arrays import TASKS, distinct, fixed_classes, several_labels
@@ -159,11 +159,11 @@ class Options:
             )
         return int(number), bool(rest)
 
-    def rules(self, commas: bool) -> Rules:
+    def rules(self, mark: str) -> Rules:
         """The rules for columns."""
         na = None if self.na is None else tuple(name_list(self.na))
         largest, other = self.levels
-        return Rules(Missing(na), self.decimal, commas, self.dates, largest, other)
+        return Rules(Missing(na), self.decimal, mark == ",", mark not in ("", ","), self.dates, largest, other)
 
     def changed(self, **changes: Any) -> dict[str, Any]:
         """The options that were given, with some changes; lists are extended."""
@@ -289,7 +289,7 @@ def _wanted(header: Sequence[str], options: Options) -> list[str]:
     features = [n for n in chosen or header if n not in (*drop, *targets, options.by) and not n.startswith("@")]
     if not features:
         raise UsageError(
-            f"Of {counted(len(header), 'column')} no feature is left.",
+            f"Of {with_noun(len(header), 'column')} no feature is left.",
             "a target, and at least one feature.",
             "a model predicts the target from features.",
         )
@@ -317,7 +317,7 @@ def _targets(header: Sequence[str], options: Options, drop: Sequence[str] = ()) 
         chosen = name_list(options.columns, header)
         others = [n for n in others if n not in chosen] or others
     if not others:
-        raise UsageError(f"The table has {counted(len(header), 'column')}.", "a target, and at least one feature.")
+        raise UsageError(f"The table has {with_noun(len(header), 'column')}.", "a target, and at least one feature.")
     return [others[-1]]
 
 
@@ -332,13 +332,13 @@ def from_cells(name: str, read: CellTable, options: Options, door: Door) -> Sour
     Raises:
         UsageError: columns that cannot be used, or no complete row.
     """
-    rules, cells = options.rules(read.commas), read.columns
+    rules, cells = options.rules(read.mark), read.columns
     targets = _targets(list(cells), options)
     chosen = name_list(options.columns, list(cells))
     aside = [column for column in name_list(options.keep, list(cells)) if column not in chosen]
     features = [column for column in cells if column not in (*targets, *aside, options.by)]
     if not features:
-        raise UsageError(f"{name} has {counted(len(cells), 'column')}.", "a target, and at least one feature.")
+        raise UsageError(f"{name} has {with_noun(len(cells), 'column')}.", "a target, and at least one feature.")
     notes = list(read.notes)
     if options.target is None:
         notes.append(f"Target guessed: the last column, {targets[0]!r}.")
@@ -466,7 +466,7 @@ def _usable_rows(
     keep = ~(empty | gaps) if drops else ~empty
     if not keep.any():
         raise UsageError(
-            f"Of {counted(len(keep), 'row')}, {empty.sum()} lack a target, {gaps.sum()} lack another value.",
+            f"Of {with_noun(len(keep), 'row')}, {empty.sum()} lack a target, {gaps.sum()} lack another value.",
             "at least one complete row.",
             "missing='drop' drops incomplete rows." if gaps.any() else "a row without a target has no loss.",
             Change("missing", "mean") if gaps.any() else "",
@@ -474,15 +474,15 @@ def _usable_rows(
     notes = []
     if empty.any():
         texts = ", ".join(
-            f"{text!r} ({counted(count, 'row')})"
+            f"{text!r} ({with_noun(count, 'row')})"
             for c in goals
             for text, count in _text_counts(cells[c].texts(), empty).items()
         )
-        lost = counted(int(empty.sum()), "row without a target was", "rows without a target were")
+        lost = with_noun(int(empty.sum()), "row without a target was", "rows without a target were")
         notes.append(f"{lost} left out{': ' if texts else ''}{texts}.")
     if gaps.any():
         action = "left out" if drops else "filled with the train rows' means"
-        notes.append(f"{counted(int(gaps.sum()), 'row lacks', 'rows lack')} a value: {action}.")
+        notes.append(f"{with_noun(int(gaps.sum()), 'row lacks', 'rows lack')} a value: {action}.")
     return keep, tuple(notes)
 
 
@@ -561,7 +561,7 @@ def _odd_classes(name: str, texts: Texts, options: Options) -> tuple[str, ...]:
         if count and text.lower() in NUMBER_NA:
             line = ",".join([*name_list(options.na), text])
             out.append(
-                f'Column {name!r}: {text!r} is a class ({counted(count, "row")}); na="{line}" leaves these rows out.'
+                f'Column {name!r}: {text!r} is a class ({with_noun(count, "row")}); na="{line}" leaves these rows out.'
             )
     return tuple(out)
 

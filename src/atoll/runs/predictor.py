@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.base.errors import UsageError
-from atoll.base.names import counted
+from atoll.base.names import with_noun
 from atoll.compute.loss import ClassWeighted, PerExample, poisson, values_of
 from atoll.compute.metrics import Counts, Metric, row_sums, summed
 from atoll.compute.outputs import logits_of
@@ -81,7 +81,7 @@ class Predictor:
         Raises:
             UsageError: a column is missing, or the rows have another type or shape than in training.
         """
-        names = None if clients is None else [name_of(name) for name in np.asarray(clients).tolist()]
+        names = _names(clients)
         table = self.table(x)
         if table is None:
             return self.input.array(_array(x), names)
@@ -91,16 +91,16 @@ class Predictor:
         by = self.input.by
         if not self.input.clients or clients is not None or by is None or by not in table:
             return clients
-        return table[by].strings()
+        return _names(table[by].strings())
 
     def owners(self, x: Any, clients: Any = None) -> list[str] | None:
         """The client of each row, if clients have models: as given, or the column of the client in a table."""
         if self.models is None:
             return None
         if clients is not None:
-            return [name_of(name) for name in np.asarray(clients).tolist()]
+            return _names(clients)
         table = self.table(x)
-        return None if table is None or self.input.by not in table else table[str(self.input.by)].strings()
+        return None if table is None or self.input.by not in table else _names(table[str(self.input.by)].strings())
 
     def table(self, x: Any) -> dict[str, Cells] | None:
         """Return the cells of a frame, of a dict, or of an array of a table's columns; None for other arrays."""
@@ -116,7 +116,7 @@ class Predictor:
         if array.ndim != 2 or array.shape[1] != len(names):
             raise UsageError(
                 f"The rows have shape {array.shape[1:]}.",
-                f"the {counted(len(names), 'column')} {', '.join(names)}, in this order; or a frame.",
+                f"the {with_noun(len(names), 'column')} {', '.join(names)}, in this order; or a frame.",
                 "without names the order determines the columns.",
             )
         if array.dtype.kind in "biuf":
@@ -184,7 +184,7 @@ class Predictor:
         if self.input.kind == "labels":
             return float((found == self.targets(y).numpy()).mean())
         if self.input.kind != "regression":
-            wanted = [name_of(v) for v in np.asarray(y, dtype=object).tolist()]
+            wanted = _names(np.asarray(y, dtype=object)) or []
             return float(np.mean([name_of(a) == b for a, b in zip(found.tolist(), wanted, strict=True)]))
         numbers = np.asarray(y, dtype=np.float64).reshape(found.shape)
         centred = numbers - numbers.mean(0)
@@ -199,7 +199,7 @@ class Predictor:
             clients: the client of each row; None: all rows together.
         """
         tally = ScoreSums(self)
-        names = None if clients is None else [name_of(name) for name in np.asarray(clients).tolist()]
+        names = _names(clients)
         tally.add(self.output(self.prepare(x, names), self.owners(x, names)), self.targets(y), names)
         return tally.result()
 
@@ -223,6 +223,11 @@ class Predictor:
         if array.ndim == 2 and array.shape[1] > 1:
             return torch.from_numpy(array.astype(np.float64))
         return self.input.targets(cells_of({"y": array.reshape(-1)})["y"])
+
+
+def _names(values: Any) -> list[str] | None:
+    """Names of clients or classes without blanks at their ends, as tables are read."""
+    return None if values is None else [name_of(value).strip() for value in np.asarray(values).tolist()]
 
 
 @torch.no_grad()
