@@ -56,3 +56,10 @@ def test_a_broken_file_is_no_table(tmp_path, text):
 def test_a_name_cannot_change_the_terminal_or_the_page():
     table = Confusion(("<script>\x1b[2J", "b"), ((1, 0), (0, 2)))
     assert "\x1b" not in table.text()
+
+
+def test_long_names_of_classes_stay_different():
+    long = Confusion(("very severe disease", "very severe disorder"), ((3, 1), (0, 2)))
+    assert (
+        long.cells()[0] == ["class", "very severe disease", "very severe disorder"] and long.cells(40) == long.cells()
+    )

@@ -379,7 +379,7 @@ def _privacy(record: RunData) -> dict[str, float | None]:
 
 def _confusion(record: RunData) -> TextTable | None:
     caption = "Rows: the class of the held-out rows. Columns: the predicted class."
-    return None if record.confusion is None else TextTable(caption, record.confusion.cells())
+    return None if record.confusion is None else TextTable(caption, record.confusion.cells(40))
 
 
 def _clients(folder: Path, record: RunData) -> ClientTable:

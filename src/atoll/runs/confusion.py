@@ -73,9 +73,11 @@ class Confusion:
         table.writerows([name, *row] for name, row in zip(self.classes, self.counts, strict=True))
         return text.getvalue()
 
-    def cells(self) -> list[list[str]]:
-        """The table as text cells, with its heads."""
-        heads = [plain(name, 12) for name in self.classes]
+    def cells(self, width: int = 12) -> list[list[str]]:
+        """The table as text cells, with its heads: names of classes have at most `width` letters, or 40 to differ."""
+        heads = [plain(name, width) for name in self.classes]
+        if len(set(heads)) < len(heads):
+            heads = [plain(name, 40) for name in self.classes]
         rows = [[name, *map(whole, row)] for name, row in zip(heads, self.counts, strict=True)]
         return [["class", *heads], *rows]
 
