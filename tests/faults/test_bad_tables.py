@@ -38,6 +38,7 @@ FILES = {
     "almost": "u;v;y\n" + rows(lambda i: i, lambda i: "?-" if i == 7 else i, lambda i: "ab"[i % 2]),
     "thousands": "u,v,y\n" + "\n".join(f'{i},"{i % 3 + 1},{i + 100}",{"ab"[i % 2]}' for i in range(40)),
     "certain": "u;v;y\n" + rows(lambda i: i, lambda i: f"1,{i + 100}.5" if i else 7, lambda i: "ab"[i % 2]),
+    "gap": "u;v;y\n" + rows(lambda i: i, lambda i: "" if i == 7 else "ns"[i % 2], lambda i: "ab"[i % 2]),
     "names": "u;v;y\n" + rows(lambda i: i, lambda i: f"p{i}", lambda i: "ab"[i % 2]),
 }
 TABLES = [
@@ -54,6 +55,7 @@ TABLES = [
     ("almost", {}, "numbers, except for 1 of 40 cells: '?-' at row 7"),
     ("thousands", {}, "a comma before three digits: '1,100' at row 0. If it separates thousands"),
     ("certain", {}, "'1,101.5' at row 1. If it separates thousands, remove it"),
+    ("gap", {"by": "v"}, "column 'v' has no value at row 7"),
     ("names", {"by": "v"}, "40 different values in 40 rows"),
 ]
 
@@ -75,7 +77,7 @@ def test_tables(tmp_path, name, options, text):
     path = tmp_path / "t.csv"
     path.write_text(FILES[name])
     found = mended(lambda **words: csv(path, **words), {"target": "y", **options}, text)
-    assert (found is not None) == (name not in ("plain", "names") or "price" in str(options))
+    assert (found is not None) == (name not in ("plain", "names", "gap") or "price" in str(options))
     assert found is None or (len(found) == 40 and len(found.columns) >= 1)
 
 
@@ -179,3 +181,9 @@ def test_clients_are_not_evaluated_without_held_out_rows():
     assert found.status == "done"
     with pytest.raises(UsageError):
         train(data, evaluate="client")
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "t.csv").touch()
+    with pytest.raises(UsageError, match="has 0 rows"):
+        csv(tmp_path / "t.csv", target="y")
