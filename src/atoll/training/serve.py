@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import FrameType
@@ -249,7 +249,12 @@ class Serving:
         try:
             yield
         except AtollError as error:
-            if self.run is None:
+            from atoll.net.store import StorageError
+
+            if isinstance(error, StorageError):  # the run is not over: the next start continues it
+                with suppress(StorageError):
+                    self._engine.finish("draining", "the disk of the server failed; it continues after a restart")
+            elif self.run is None:
                 self._engine.finish("failed", str(error.given))
                 self._forget(error)
             raise
