@@ -20,6 +20,7 @@
 | `feddyn` | a sample | as `fedavg`, `correction=Dynamic(alpha)` | `Mean()` | `sgd(1.0)` |
 | `fednova` | a sample | as `fedavg`, `correction=Normalised()` | `Mean()` | `sgd(server_lr)` |
 | `fedexp` | a sample | as `fedavg`, `correction=Extrapolated(eps)` | `Mean()` | `sgd(1.0)` |
+| `qffl` | a sample | as `fedavg`, `correction=Fair(q)` | `Mean()` | `sgd(server_lr)` |
 | `fedlc` | a sample | as `fedavg`, `correction=Calibrated(tau, form)` | `Mean()` | `sgd(server_lr)` |
 | `newton` | all | `Newton(l2)` | `Mean()` | `sgd(1.0)` |
 | `fedper` | a sample | as `fedavg`, `own=own` | `Mean()` | `sgd(server_lr)` |
@@ -51,6 +52,7 @@ from atoll.plan.local import (
     Ditto,
     Dynamic,
     Extrapolated,
+    Fair,
     Gradient,
     Newton,
     Normalised,
@@ -580,6 +582,30 @@ def fedexp(lr: Rate = 0.1, epochs: Epochs = 1, batch: Batch = 10, cohort: Cohort
 
 
 @_recipe
+def qffl(
+    lr: Rate = 0.1,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
+    cohort: Cohort = None,
+    server_lr: ServerRate = 1.0,
+    q: float = 1.0,
+) -> Plan:
+    """q-FedAvg: federated averaging in which clients with a large loss have more weight.
+
+    θ ← θ − Σ wᵢ Fᵢ^q uᵢ / Σ wᵢ (Fᵢ^q + q Fᵢ^(q−1) |uᵢ|²/lr),  Fᵢ the loss of client i at θ
+
+    Args:
+        q: the weight of fairness, ≥ 0; 0 is federated averaging.
+    Example:
+        >>> qffl(0.1).local.correction
+        Fair(1.0)
+
+    Reference: Li, Sanjabi, Beirami, Smith, Fair Resource Allocation in Federated Learning, 2020.
+    """
+    return _corrected(Fair(q), rules.sgd(lr), epochs, batch, cohort, server_lr)
+
+
+@_recipe
 def fedlc(
     lr: Rate = 0.1,
     epochs: Epochs = 1,
@@ -744,6 +770,7 @@ RECIPES = (
     feddyn,
     fednova,
     fedexp,
+    qffl,
     fedlc,
     newton,
     fedper,

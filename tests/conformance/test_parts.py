@@ -65,6 +65,7 @@ CORRECTIONS = [
     local.Calibrated(1.0),
     local.Calibrated(1.0, form="quarter") >> local.Proximal(0.5) >> local.Normalised(),
     local.Ditto(0.5),
+    local.Fair(1.0),
 ]
 OURS = {
     check_sampler: [
@@ -76,6 +77,7 @@ OURS = {
         sampler.Weighted(1),
         sampler.Weighted(7),
         sampler.RoundRobin(5),
+        sampler.PowerOfChoice(3, 6),
     ],
     check_local: [
         local.Gradient(),
@@ -143,6 +145,7 @@ OURS = {
             (aggregate.Krum, [{"f": 0}]),
             (aggregate.GeometricMedian, [{}]),
             (aggregate.CenteredClip, [{"tau": 1.0}]),
+            (aggregate.Agnostic, [{"lr": 0.1}]),
             (aggregate.Bulyan, [{"f": 1}]),
             (aggregate.DnC, [{"f": 1}]),
             (aggregate.FLTrust, [{"client": 2}]),

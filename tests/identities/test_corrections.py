@@ -25,6 +25,7 @@ from atoll.plan.local import (
     Calibrated,
     Dynamic,
     Extrapolated,
+    Fair,
     Normalised,
     Proximal,
     Scaffold,
@@ -270,6 +271,7 @@ PLANS = {
     "feddyn": recipes.feddyn(0.1, batch=4, cohort=4),
     "fednova": recipes.fednova(0.1, batch=4, cohort=4, momentum=0.9, mu=0.5),
     "fedexp": recipes.fedexp(0.1, batch=4, cohort=4),
+    "qffl": recipes.qffl(0.1, batch=4, cohort=4),
     "fedlc": recipes.fedlc(0.1, batch=4, cohort=4),
     "chain": Plan(Train(sgd(0.1), epochs=1, batch=4, correction=Calibrated(1.0) >> Scaffold()), Mean(), cohort=4),
 }
@@ -365,6 +367,7 @@ def test_every_correction_is_in_the_grammar_and_is_one_call():
         "feddyn": Dynamic,
         "fednova": Normalised,
         "fedexp": Extrapolated,
+        "qffl": Fair,
     }
     for name, kind in {**names, "fedlc": Calibrated}.items():
         correction = Experiment().override(recipe=f"{name}(0.1)").plan().local.correction

@@ -107,6 +107,7 @@ RECIPES = {
     "feddyn": recipes.feddyn(0.1),
     "fednova": recipes.fednova(0.1),
     "fedexp": recipes.fedexp(0.1),
+    "qffl": recipes.qffl(0.1),
     "fedlc": recipes.fedlc(0.1),
     "newton": recipes.newton(0.1),
     "fedper": recipes.fedper(0.1, own=("2.*",)),

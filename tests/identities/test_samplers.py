@@ -8,16 +8,18 @@ import itertools
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import federation, run, seeded, task_of
+from problems import classification, federation, run, seeded, task_of
 from quick_cases import by_turns, one_in, only
 from torch import nn
 
+import atoll
 from atoll import recipes
 from atoll.base import grammar
 from atoll.base.errors import RunError, UsageError
@@ -27,10 +29,11 @@ from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.aggregate.mean import weights_by_chance
 from atoll.plan.local import Gradient
 from atoll.plan.optimizer.rules import sgd
+from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Contribution, Ids, Population
 from atoll.plan.registry import PARTS
-from atoll.plan.sampler import Everyone, Fraction, Poisson, RoundRobin, Uniform, Weighted
+from atoll.plan.sampler import Everyone, Fraction, Poisson, PowerOfChoice, RoundRobin, Uniform, Weighted
 from atoll.testing import round_info
 
 DRAWS = 500
@@ -267,3 +270,53 @@ def test_a_round_of_five_out_of_a_million_is_cheap():
     state, reports = run(plan, engine, 2)
     assert time.process_time() - began < 5.0
     assert [report.arrived for report in reports] == [5, 5] and len(state.memory.touched()) <= 10
+
+
+# PowerOfChoice
+
+
+def test_the_largest_losses_of_the_candidates_are_selected():
+    population, key = Population(9, torch.arange(1, 10)), Key(3)
+    sampler, losses = PowerOfChoice(2, 5), torch.tensor([3.0, 1.0, 4.0, 1.5, 9.0, 2.0, 6.0, 5.0, 8.0])
+    candidates = Weighted(5)(population, 0, key)
+    cohort = sampler.with_memory({"loss": losses})(population, 0, key)
+    best = candidates.ids[losses[candidates.ids].argsort(descending=True)[:2]].sort().values
+    assert torch.equal(cohort.ids, best)
+    torch.testing.assert_close(cohort.chance, candidates.chance * 2 / 5)
+    same = PowerOfChoice(5, 5).with_memory({"loss": losses})(population, 0, key)
+    assert torch.equal(same.ids, candidates.ids) and torch.equal(same.chance, candidates.chance)
+
+
+def test_unknown_losses_are_the_largest_and_a_round_is_observed():
+    sampler, population = PowerOfChoice(2, 3), Population(3, torch.tensor([5, 5, 5]))
+    first = sampler.memory(population)
+    found = sampler.observe(first, torch.tensor([0, 2]), {"loss": torch.tensor([0.5, torch.inf])})
+    assert found["loss"].tolist() == [0.5, torch.inf, torch.inf]
+    assert sampler.with_memory(found)(population, 1, Key(0)).ids.tolist() == [1, 2]
+    assert sampler.observe(found, torch.tensor([], dtype=torch.int64), {}) is found
+    with pytest.raises(RunError, match="report no loss"):
+        sampler.observe(found, torch.tensor([1]), {"bytes": torch.tensor([1])})
+
+
+def test_the_memory_of_a_sampler_is_resumed(tmp_path):
+    data = classification((12, 9, 9, 7, 5))
+    plan = replace(recipes.fedavg(0.1), cohort=PowerOfChoice(2, 4))
+    whole = atoll.train("softmax", data, plan, rounds=6, out=None)
+    half = atoll.train("softmax", data, plan, rounds=3, out=tmp_path, report=False)
+    again = atoll.train("softmax", data, plan, rounds=6, resume=half.path, report=False)
+    assert again.reports[-1].fingerprint == whole.reports[-1].fingerprint
+    assert [r.clients["id"].tolist() for r in whole.reports[-3:]] == [
+        r.clients["id"].tolist() for r in again.reports[-3:]
+    ]
+
+
+def test_refused_with_power_of_choice():
+    plan = recipes.fedavg(0.1, cohort=PowerOfChoice(2, 4))
+    for make, words in (
+        (lambda: PowerOfChoice(3, 2), "at least n"),
+        (lambda: replace(plan, aggregator=Mean("equal", secure=True)), "single clients"),
+        (lambda: replace(plan, aggregator=Mean(over="expected")), "not known"),
+        (lambda: replace(plan, pace=Buffered(2)), "Buffered"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            make()

@@ -72,7 +72,9 @@ def test_report_tells_the_round(recipe):
     # 8 bytes a number, three clients.
     d = 4
     control = d if recipe is recipes.scaffold else 0  # the clients receive it, too
-    corrected = {"scaffold": d, "fednova": 1, "fedexp": 1, "newton": d * (d + 1) // 2 + 1}.get(recipe.__name__, 0)
+    corrected = {"scaffold": d, "fednova": 1, "fedexp": 1, "qffl": 1, "newton": d * (d + 1) // 2 + 1}.get(
+        recipe.__name__, 0
+    )
     assert first.bytes_up == 3 * 8 * (d + 3 + corrected) and first.bytes_down == 3 * 8 * (d + control)
 
 

@@ -234,8 +234,8 @@ class ServerEngine(Engine):
         needs_all = {
             repr(plan.local): plan.local.needs_population,
             repr(plan.codec): plan.codec.averages_all_clients,
-            repr(plan.aggregator): plan.aggregator.over == "expected",
-            repr(plan.sampler): type(plan.sampler).__name__ in ("Poisson", "Weighted"),
+            repr(plan.aggregator): plan.aggregator.over == "expected" or plan.aggregator.needs_population,
+            repr(plan.sampler): plan.sampler.needs_population,
         }
         for part in [part for part, needs in needs_all.items() if needs]:
             raise UsageError(

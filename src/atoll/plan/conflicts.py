@@ -77,7 +77,14 @@ def check_plan(slots: Slots) -> None:
         if slot != "downlink":  # a downlink has no aggregator and no clients: its rules are all in `_downlink`
             for conflict in _conflicts_of(slot, part, slots):
                 raise UsageError(*conflict)
-    for conflict in (*_backend(slots), *_codec(slots), *_pace(slots), *_downlink(slots), *_sends(slots)):
+    for conflict in (
+        *_backend(slots),
+        *_codec(slots),
+        *_values(slots),
+        *_pace(slots),
+        *_downlink(slots),
+        *_sends(slots),
+    ):
         raise UsageError(*conflict)
 
 
@@ -215,6 +222,17 @@ def _codec(slots: Slots) -> Iterator[Conflict]:
     if not rule.linear and codec.per_sum:
         why = "the codec is decoded once on the sum, and this rule forms no sum."
         yield Conflict(f"{rule!r} with the codec {codec!r}.", "an aggregator that is linear.", why, "Mean()")
+
+
+def _values(slots: Slots) -> Iterator[Conflict]:
+    rule, codec, sampler = slots.aggregator, slots.codec, slots.sampler
+    if not sampler.needs_values:
+        return
+    why = "the sampler reads values of single clients, which the server does not receive."
+    if rule.secure is not None:
+        yield Conflict(f"{sampler!r} with {rule!r}.", "a cohort that needs no values.", why, "Uniform(10)")
+    if codec.event(1.0) is not None:
+        yield Conflict(f"{sampler!r} with {codec!r}.", "a cohort that needs no values.", why, "Uniform(10)")
 
 
 def _pace(slots: Slots) -> Iterator[Conflict]:

@@ -497,6 +497,7 @@ class StepFacts(NamedTuple):
         weights: |a| of each client, float64 `[K]`: y₀ − y = lr·Σ aₜ∇ℓ(yₜ), |a| = Σ aₜ; `steps` for plain SGD. None
             before the steps, and for optimizers other than SGD.
         classes: the number of rows of each class, for a number of classes C: int64 `[K, C]`.
+        loss: the mean loss of each client at θ, `[K]`, if the correction has `needs_loss`.
     """
 
     lr: float
@@ -505,6 +506,7 @@ class StepFacts(NamedTuple):
     steps: Tensor
     weights: Tensor | None
     classes: Callable[[int], Tensor]
+    loss: Tensor | None = None
 
 
 class Pull(NamedTuple):
@@ -595,6 +597,11 @@ class Correction(Protocol):
     @default
     def needs_equal_steps(self) -> bool:
         """Whether all clients must make the same number of steps."""
+        return False
+
+    @default
+    def needs_loss(self) -> bool:
+        """Whether `facts.loss` is computed, in a pass over all rows of a client before its steps."""
         return False
 
     @default
@@ -999,6 +1006,34 @@ class Sampler(Protocol):
     @abstractmethod
     def __call__(self, population: Population, round: int, key: Key) -> Cohort:
         """Select the cohort of this round, with ascending ids. All random numbers come from the key."""
+
+    @default
+    def needs_population(self) -> bool:
+        """Whether the sampler needs all clients of the population, which an open run does not know."""
+        return False
+
+    @default
+    def needs_values(self) -> bool:
+        """Whether `observe` reads values of single clients, which a secure sum and noise hide."""
+        return False
+
+    def memory(self, population: Population) -> Tensors:
+        """The memory of the sampler before the first round. The keys are names."""
+        return {}
+
+    def with_memory(self, memory: Tensors) -> Sampler:
+        """A copy for the draw of one round, which knows the memory."""
+        return self
+
+    def observe(self, memory: Tensors, ids: Tensor, values: Tensors) -> Tensors:
+        """The memory after a round.
+
+        Args:
+            memory: the memory before the round.
+            ids: the clients whose contributions arrived, int64 `[n]`.
+            values: their columns of the report, such as `loss`, `[n, …]`.
+        """
+        return memory
 
     @default
     def interchangeable(self) -> bool:

@@ -379,6 +379,8 @@ def close_round(opened: Opened, gathered: Gathered) -> Closed:
     info = RoundInfo(state.round, population, gathered.started, cohort.chance, entropy, total_weight)
     total, server = server_update(plan, decode_sums(plan, state, gathered), state, info, key)
     mean = finalize(plan, total, info)
+    known = state.server["sampler"] or plan.sampler.memory(population)
+    server = {**server, "sampler": plan.sampler.observe(known, gathered.arrived, gathered.facts)}
     after = descend(plan, state, mean, server, gathered.air, opened.layout)
     if plan.local.needs_everyone and bool(total.weight != total_weight):
         arrived, clients = len(gathered.arrived), population.clients
@@ -433,7 +435,8 @@ def draw_cohort(plan: Plan, state: State, population: Population, key: Key) -> C
     if state.air.flights:
         return _EMPTY
     sampler = sampler_of(plan)
-    cohort = select(sampler, population, state.round, key.fold("cohort"))
+    memory = state.server["sampler"] or sampler.memory(population)
+    cohort = select(sampler.with_memory(memory), population, state.round, key.fold("cohort"))
     if plan.aggregator.secure is not None and len(cohort.ids) > sampler.largest(population):
         return cohort._replace(ids=cohort.ids[:0])  # its sum could leave the ring: a round without an update
     return cohort

@@ -8,6 +8,7 @@ Tests: tests/identities/test_samplers.py
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
@@ -17,12 +18,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from atoll.base.errors import UsageError
+from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Part
 from atoll.base.random import Key
 from atoll.base.validation import plain_fields
 from atoll.plan.pace import Sync
-from atoll.plan.protocols import Cohort, Conflict, Population, Sampler, Selection, Slots
+from atoll.plan.protocols import Cohort, Conflict, Population, Sampler, Selection, Slots, Tensors
 
 
 def _cohort(ids: Tensor, chance: Tensor | float) -> Cohort:
@@ -161,6 +162,7 @@ class Poisson(Sampler):
     """
 
     q: float = field(metadata={"example": 0.1})
+    needs_population = True
 
     def __post_init__(self) -> None:
         plain_fields(self, "q")
@@ -205,6 +207,7 @@ class Weighted(Sampler):
     """
 
     n: int = field(metadata={"example": 10})
+    needs_population = True
 
     def __post_init__(self) -> None:
         plain_fields(self, "n")
@@ -321,6 +324,102 @@ class RoundRobin(Sampler):
         turns = -(-clients // self.n)
         laps = -(-rounds // turns)
         return Selection("zero out", laps * (2 if clients % self.n else 1), 1.0, self.n)
+
+
+@dataclass(frozen=True, repr=False)
+class PowerOfChoice(Sampler):
+    """Selects the n clients with the largest last loss among d candidates, which are drawn by rows as by `Weighted`.
+
+    A client that has not reported a loss counts as one with an infinite loss. A loss is that of the local training in
+    the last round of the client. `d = n` is `Weighted(n)`. Clients with a large loss are selected more often than
+    others, which speeds up the first rounds and moves the result towards them. The chances of the cohort are those of
+    a draw before any loss is known, so `Mean()` gives the selected clients equal weights, as in the paper.
+
+    Args:
+        n: the number of clients in a cohort, ≥ 1.
+        d: the number of candidates, from n to the number of clients that have rows.
+    Raises:
+        UsageError: a number is out of range; the plan has a secure sum, noise, an asynchronous pace, or an aggregator
+            that divides by the expected weight.
+        RunError: clients report no loss.
+    Example:
+        >>> sampler = PowerOfChoice(1, 3).with_memory({"loss": torch.tensor([0.1, 0.9, 0.5])})
+        >>> sampler(Population(3, torch.tensor([5, 5, 5])), 0, Key(0)).ids.tolist()
+        [1]
+
+    Reference: Cho, Wang, Joshi, Towards Understanding Biased Client Selection in Federated Learning, 2022.
+    """
+
+    n: int = field(metadata={"example": 10})
+    d: int = field(metadata={"example": 20})
+    needs_population = True
+    needs_values = True
+
+    def __post_init__(self) -> None:
+        plain_fields(self, "n", "d")
+        _count("PowerOfChoice", self.n)
+        if isinstance(self.d, bool) or not isinstance(self.d, int) or self.d < self.n:
+            given = f"PowerOfChoice({self.n!r}, {self.d!r})."
+            raise UsageError(
+                given, "a number of candidates, at least n.", write=f"PowerOfChoice({self.n}, {2 * self.n})"
+            )
+        object.__setattr__(self, "_loss", None)
+
+    def resized(self, ask: Callable[[int], int]) -> PowerOfChoice:
+        """The same sampler for ask(n) clients in place of n, with at least as many candidates."""
+        n = ask(self.n)
+        return dataclasses.replace(self, n=n, d=max(n, self.d))
+
+    def largest(self, population: Population) -> int:
+        """n, the number of clients of each cohort."""
+        return self.n
+
+    def memory(self, population: Population) -> Tensors:
+        """The last loss of each client, float64 `[C]`."""
+        return {"loss": torch.full((population.clients,), math.inf, dtype=torch.float64)}
+
+    def with_memory(self, memory: Tensors) -> PowerOfChoice:
+        """A copy that knows the last losses."""
+        bound = copy.copy(self)
+        object.__setattr__(bound, "_loss", memory["loss"])
+        return bound
+
+    def observe(self, memory: Tensors, ids: Tensor, values: Tensors) -> Tensors:
+        """The memory with the losses of the clients that arrived. A loss that is not finite counts as unknown.
+
+        Raises:
+            RunError: clients report no loss.
+        """
+        if not len(ids):
+            return memory
+        if "loss" not in values:
+            raise RunError(
+                f"{self!r} and clients that report no loss.",
+                "a column `loss` of each client, as Train and Gradient report it.",
+                "the clients with the largest loss are selected.",
+                Part(f"Uniform({self.n})", "cohort"),
+            )
+        known = memory["loss"]
+        loss = values["loss"].reshape(-1).to(known)
+        return {"loss": known.index_copy(0, ids.to(known.device), torch.where(loss.isfinite(), loss, math.inf))}
+
+    def __call__(self, population: Population, round: int, key: Key) -> Cohort:
+        drawn = Weighted(self.d)(population, round, key)
+        ids = drawn.ids[key.fold("ties").permutation(self.d).to(drawn.ids.device)]
+        known = self.__dict__["_loss"]
+        loss = torch.full((self.d,), math.inf) if known is None else known.to(ids.device)[ids]
+        best = ids[loss.sort(descending=True, stable=True).indices[: self.n].to(ids.device)]
+        return _cohort(best.sort().values, drawn.chance * (self.n / self.d))
+
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        """Refuse parts that need the chances of clients or no values of them, and asynchronous paces."""
+        yield from Weighted(self.d).conflicts(slots)
+        if slots.aggregator.over == "expected":
+            why = "the chance of a client depends on its loss, and is not known."
+            yield Conflict(f"{slots.aggregator!r} with {self!r}.", "Mean().", why, "Mean()")
+        if slots.pace.asynchronous:
+            why = "a client starts when another one arrives, and not by its loss."
+            yield Conflict(f"{self!r} with {slots.pace!r}.", "a pace that draws a cohort.", why, "Sync()")
 
 
 S = TypeVar("S", Uniform, Weighted, RoundRobin)

@@ -75,7 +75,7 @@ class State:
         seed: the seed from which the keys of all random numbers derive.
         model: θ, buffers, counters and fixed tensors.
         optimizer: the state of the server optimizer.
-        server: the server state of the local part, of the codec and of the aggregator.
+        server: the server state of the local part, of the codec and of the aggregator, and the memory of the sampler.
         memory: the client memory.
         air: the clients in flight: they have started and have not arrived.
         versions: the broadcasts that clients in flight started from; the keys are model versions.
@@ -99,7 +99,7 @@ class State:
         if layout is not task.layout:
             model = split_of(task.layout, layout).shared(model)
         parts = {"local": plan.local.server(layout), "codec": plan.codec.server(layout)}
-        parts["aggregator"] = plan.aggregator.server(layout)
+        parts |= {"aggregator": plan.aggregator.server(layout), "sampler": {}}  # the population is not known yet
         server = {part: {n: t.to(task.device) for n, t in tensors.items()} for part, tensors in parts.items()}
         return cls(0, seed, model, plan.optimizer.init(model.theta), server, memory)
 

@@ -277,8 +277,8 @@ def _check_asked(folder: Path, training: Training, rows: Mapping[int, Any], roun
 
 
 def _drawn(training: Training) -> bool:
-    """Whether the seed determines the active clients of a round without a simulation."""
-    return training.plan.pace == Sync() and training.fleet is None
+    """Whether the seed determines the active clients of a round without a simulation and without the rounds before."""
+    return training.plan.pace == Sync() and training.fleet is None and not training.plan.sampler.needs_values
 
 
 def _cohort(training: Training, round: int) -> list[int]:

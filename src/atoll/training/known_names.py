@@ -44,7 +44,7 @@ RECIPES = (
         "fedrep",
         "fedsgd",
     ),
-    *("fedyogi", "gd", "local_sgd", "newton", "post_local_sgd", "scaffold", "sgd"),
+    *("fedyogi", "gd", "local_sgd", "newton", "post_local_sgd", "qffl", "scaffold", "sgd"),
 )
 PARTITIONS = ("ByColumn", "Dirichlet", "FeatureShift", "IID", "LabelFlip", "Pathological", "Quantity", "Shards")
 CALLS = {  # a call of each name that has required arguments

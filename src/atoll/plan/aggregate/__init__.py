@@ -3,6 +3,7 @@
 Tests: tests/identities/test_order.py, tests/conformance/test_parts.py
 """
 
+from atoll.plan.aggregate.agnostic import Agnostic
 from atoll.plan.aggregate.attacks import (
     ALIE,
     ATTACKS,
@@ -35,6 +36,7 @@ __all__ = [
     "ALIE",
     "ATTACKS",
     "ROBUST",
+    "Agnostic",
     "Attack",
     "Attacked",
     "Bucketing",

@@ -220,6 +220,10 @@ class Attacked(RowRule):
             raise UsageError(given, f"an attack: {', '.join(kind.__name__ for kind in ATTACKS)}.", write=example)
         if self.of.secure is not None:
             raise UsageError(given, "a rule without a secure sum.", "an attack reads the updates of others.", example)
+        if isinstance(self.of, RowRule) and type(self.of).noted is not RowRule.noted:
+            raise UsageError(
+                given, "a rule that reads updates only.", "an attack changes no loss of a client.", example
+            )
         object.__setattr__(self, "weights", self.of.weights)
         object.__setattr__(self, "over", self.of.over)
         object.__setattr__(self, "forms_sum", self.of.forms_sum)

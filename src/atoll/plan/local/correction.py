@@ -7,6 +7,7 @@
 | `Dynamic(alpha)` | a = θ, μ = α, s = −gᵢ | θ also moves by −h/α |
 | `Normalised()` | | the mean of uᵢ/\\|aᵢ\\|, times the mean of \\|aᵢ\\| |
 | `Extrapolated(eps)` | | the mean update times a factor ≥ 1 |
+| `Fair(q)` | | Σ w F^q u, divided by its curvature |
 | `Calibrated(tau)` | y₀ = θ with a shifted output bias | |
 | `Ditto(lam)` | of a second training: y₀ = vᵢ, a = θ, μ = lam | |
 
@@ -48,6 +49,7 @@ from atoll.plan.protocols import (
     Total,
 )
 
+_LEAST_LOSS = 1e-10  # a client without a loss has a finite weight
 _WITHOUT_DECAY = "Train(sgd(0.1), epochs=1, batch=10, correction=Calibrated(1.0))"
 Logits = Literal["log", "quarter"]
 
@@ -432,6 +434,59 @@ class Ditto(CorrectionBase):
 
 
 @dataclass(frozen=True, repr=False)
+class Fair(CorrectionBase):
+    """q-FedAvg: clients with a large loss have more weight, so that the losses of clients differ less.
+
+    θ⁺ = θ − Σ wᵢ Fᵢ^q uᵢ / Σ wᵢ (Fᵢ^q + q Fᵢ^(q−1) |uᵢ|²/lr),   Fᵢ = the mean loss of client i at θ, at least 1e-10
+
+    The divisor bounds the curvature of Σ wᵢ Fᵢ^(q+1)/(q+1), so no learning rate is tuned for q. The loss takes a pass
+    over the rows of the client, without gradients.
+
+    Args:
+        q: the weight of fairness, ≥ 0; 0 is federated averaging.
+    Raises:
+        UsageError: q is out of range; or the plan has an asynchronous pace, or an aggregator that does not divide by
+            the weight that arrived.
+    Example:
+        >>> Fair(1.0)
+        Fair(1.0)
+
+    Reference: Li, Sanjabi, Beirami, Smith, Fair Resource Allocation in Federated Learning, 2020, Algorithm 2.
+    """
+
+    q: float = bounded_number(least=0, example=1.0, why="a negative weight favours clients with a small loss.")
+    needs_loss = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def declare(self, task: Task) -> Mapping[str, Declared]:
+        return {"curvature": Declared(1, task.layout.dtype, "mean")}
+
+    def pull(self, broadcast: Broadcast, memory: Tensors, facts: StepFacts) -> Pull:
+        return Pull()
+
+    def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
+        loss = torch.ones_like(update[:, :1]) if facts.loss is None else facts.loss.to(update)[:, None]
+        loss = loss.clamp(min=_LEAST_LOSS)
+        squares = torch.linalg.vector_norm(update, dim=1, keepdim=True).square()
+        bend = self.q * loss ** (self.q - 1) * squares / facts.lr if facts.lr and self.q else torch.zeros_like(squares)
+        weight = loss**self.q
+        return Finished({"update": weight * update, "curvature": weight + bend}, memory=memory)
+
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
+        if "curvature" not in total.means:
+            return total, server
+        update = total.means["update"] * (total.weight / total.means["curvature"])
+        return total._replace(means={**total.means, "update": update}), server
+
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        yield from _synchronous(self, slots, "the divisor is that of the updates of one round.")
+        yield from _mean_of_arrived(self, slots)
+        yield from _of_the_round(self, slots)
+
+
+@dataclass(frozen=True, repr=False)
 class Chained(CorrectionBase):
     """Several corrections, one after another: `Proximal(mu) >> Normalised()` or `Calibrated(tau) >> other`.
 
@@ -469,6 +524,10 @@ class Chained(CorrectionBase):
     @property
     def needs_weights(self) -> bool:
         return any(part.needs_weights for part in self.chain)
+
+    @property
+    def needs_loss(self) -> bool:
+        return any(part.needs_loss for part in self.chain)
 
     @property
     def needs_equal_steps(self) -> bool:
@@ -529,7 +588,7 @@ class Chained(CorrectionBase):
             yield from part.conflicts(slots)
 
 
-CORRECTIONS = (Proximal, Scaffold, Dynamic, Normalised, Extrapolated, Calibrated, Ditto)
+CORRECTIONS = (Proximal, Scaffold, Dynamic, Normalised, Extrapolated, Calibrated, Ditto, Fair)
 
 
 def _column(facts: StepFacts, update: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from atoll.base.random import Key
-from atoll.compute.batches import ROWS, ClientBatch, padded
+from atoll.compute.batches import ClientBatch, padded
 from atoll.compute.model_state import Model
 from atoll.compute.task import OnRows, Task
 from atoll.data.clients import Clients
+from atoll.plan.local.passes import measured, measured_of_each
 from atoll.plan.local.train import Train
 from atoll.plan.protocols import (
     Broadcast,
@@ -49,7 +49,7 @@ class Evaluate(Local):
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """Σ loss, Σ metrics and the number of rows of each client. A pass takes at most `ROWS` rows of each client."""
-        return _measured(broadcast, lanes, key, task, None), {}
+        return measured(broadcast, lanes, key, task, None), {}
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +74,7 @@ class ScoreRows(Local):
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """The number of rows of the client."""
-        return _measured(broadcast, lanes, key, task, self.on_rows), {}
+        return measured(broadcast, lanes, key, task, self.on_rows), {}
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,17 +108,9 @@ class ScorePersonal(Local):
     ) -> tuple[Contribution, Tensors]:
         """The sums of each client, in groups of clients whose held-out rows have one padded length."""
         model, held = self._models(broadcast.model, lanes, memory, key, task), replace(lanes, clients=self.held)
-        rows, sums = held.rows.to(torch.int64), dict[str, Tensor]()
-        widths = [padded(n) for n in rows.tolist()]
-        for width in sorted({w for w, n in zip(widths, rows.tolist(), strict=True) if n}):
-            index = torch.tensor([k for k, w in enumerate(widths) if w == width], device=lanes.ids.device)
-            index = index[rows[index].argsort(descending=True, stable=True)]
-            some = broadcast._replace(model=model.select(index.to(model.theta.device)))
-            group = replace(held, ids=lanes.ids[index], key=None)
-            for name, t in _measured(some, group, key.select(index), task, None).sums.items():
-                if name != "rows":
-                    sums.setdefault(f"{SCORE}{name}", t.new_zeros(len(rows), *t.shape[1:]))[index.to(t.device)] = t
-        return Contribution({}, {"rows": rows}, lanes.rows, {}, sums), {}
+        found = measured_of_each(broadcast._replace(model=model), held, key, task)
+        sums = {f"{SCORE}{name}": t for name, t in found.items()}
+        return Contribution({}, {"rows": held.rows.to(torch.int64)}, lanes.rows, {}, sums), {}
 
     def _models(self, server: Model, lanes: ClientBatch, memory: Tensors, key: Key, task: Task) -> Model:
         """The models of the clients, `[K, …]`: tuned, if the part tunes them."""
@@ -131,22 +123,3 @@ def _declared(task: Task) -> Mapping[str, Declared]:
     names = ("loss", *(m.name for m in task.metrics if m.sums is not None))
     measured = {n: Declared(task.lengths.get(n, 1), torch.float64, "sum") for n in names}
     return {"rows": Declared(1, torch.int64, "sum"), **measured}
-
-
-def _measured(broadcast: Broadcast, lanes: ClientBatch, key: Key, task: Task, on_rows: OnRows | None) -> Contribution:
-    """The sums of the clients' rows, in passes of at most `ROWS` rows of each client, or in one if rows are coupled."""
-    lanes = replace(lanes, key=None)  # a row of an evaluation draws the same in each round
-    model = broadcast.model.lanes(len(lanes.sizes))
-    positions = torch.arange(padded(lanes.sizes[0]), device=lanes.ids.device).expand(len(lanes.sizes), -1)
-    sums: dict[str, Tensor] = {}
-    start = 0
-    most = positions.shape[1] if task.findings.couples_in_evaluation else ROWS
-    for number, piece in enumerate(positions.split(most, 1)):
-        counts = tuple(max(0, min(n - start, piece.shape[1])) for n in lanes.sizes)
-        batch = lanes.take(lanes.places(piece), counts)
-        for name, value in task.measure(model, batch, key.fold("piece", number), on_rows).items():
-            sums[name] = sums[name] + value if name in sums else value
-        start += piece.shape[1]
-    sums["rows"] = lanes.rows
-    facts = {n: s / lanes.rows.to(s.device) for n, s in sums.items() if n != "rows" and s.dim() == 1}
-    return Contribution({}, sums, lanes.rows, {}, facts)

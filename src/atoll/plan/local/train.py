@@ -49,6 +49,7 @@ from atoll.plan.local.own import (
     personal_models,
     shared_layout,
 )
+from atoll.plan.local.passes import measured_of_each
 from atoll.plan.local.steps import check_steps, counted, lengths_of, quotient, steps_at
 from atoll.plan.protocols import (
     Broadcast,
@@ -282,6 +283,9 @@ class Train(Local):
             model = part.split.join(model, part.own)
         if self.correction is not None:
             facts = self._facts(lanes, given, lr, task, broadcast.round)
+            if self.correction.needs_loss:
+                sums = measured_of_each(broadcast._replace(model=model), lanes, key.fold("start"), task)
+                facts = facts._replace(loss=sums["loss"] / lanes.rows.to(sums["loss"].device))
             finish = Correcting.of(self.correction, broadcast, memory, facts, given)
             pull = finish.pull if part is None else part.pull(finish.pull)
             rule, model = pulled_rule(pull, rule), pulled_start(pull, model, len(lanes.sizes))
