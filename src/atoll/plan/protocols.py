@@ -1008,6 +1008,11 @@ class Sampler(Protocol):
         """Select the cohort of this round, with ascending ids. All random numbers come from the key."""
 
     @default
+    def interchangeable(self) -> bool:
+        """Whether all sets of n clients are equally likely, so that one large draw can replace several draws of n."""
+        return False
+
+    @default
     def needs_population(self) -> bool:
         """Whether the sampler needs all clients of the population, which an open run does not know."""
         return False
@@ -1034,11 +1039,6 @@ class Sampler(Protocol):
             values: their columns of the report, such as `loss`, `[n, …]`.
         """
         return memory
-
-    @default
-    def interchangeable(self) -> bool:
-        """Whether all sets of n clients are equally likely, so that one large draw can replace several draws of n."""
-        return False
 
     def largest(self, population: Population) -> int:
         """The largest number of clients of a cohort. A secure sum is proved for this number."""
