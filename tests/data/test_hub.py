@@ -13,7 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 import atoll
 from atoll.base.errors import UsageError
 from atoll.compute.outputs import logits_of
-from atoll.data.hub import _next_tokens, hf, padded
+from atoll.data.hub import _next_tokens, hf, pad_lists
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 PLAN = "fedavg(lr=0.1, batch=8)"
@@ -92,8 +92,8 @@ def test_logits():
 
 
 def test_padding_and_next_tokens():
-    assert padded(np.arange(5), np.array([2, 0, 3]), 2, -1).tolist() == [[0, 1], [-1, -1], [2, 3]]
-    assert padded(np.zeros((0,), int), np.zeros((0,), int), 3, 0).shape == (0, 3)
+    assert pad_lists(np.arange(5), np.array([2, 0, 3]), 2, -1).tolist() == [[0, 1], [-1, -1], [2, 3]]
+    assert pad_lists(np.zeros((0,), int), np.zeros((0,), int), 3, 0).shape == (0, 3)
     columns = {"input_ids": np.array([[4, 5, 0], [6, 7, 8]]), "attention_mask": np.array([[1, 1, 0], [1, 1, 1]])}
     assert _next_tokens(columns).tolist() == [[5, -100, -100], [7, 8, -100]]
 

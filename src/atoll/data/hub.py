@@ -198,7 +198,7 @@ def _read(
         if cut := int((found.lengths > width).sum()):
             rows = "1 row of {} is" if cut == 1 else f"{cut} rows of {{}} are"
             notes.append(f"{rows.format(column)} longer than {width} and {'was' if cut == 1 else 'were'} cut.")
-        out[column] = padded(found.flat, found.lengths, width, fill)
+        out[column] = pad_lists(found.flat, found.lengths, width, fill)
         lengths = found.lengths if column != MASK else lengths
         lengths = np.minimum(lengths, width) if lengths is not None else None
     if pads and MASK not in names:  # also if the rows of one part need no padding: all parts have the same fields
@@ -233,7 +233,7 @@ def _lists(part: Any, column: str) -> Any:
     return _Lists(np.concatenate([_numpy(each, column) for each in inner]), lengths)
 
 
-def padded(flat: Any, lengths: Any, width: int, fill: Any) -> Any:
+def pad_lists(flat: Any, lengths: Any, width: int, fill: Any) -> Any:
     """Lists of several lengths as one array: longer ones are cut, shorter ones are filled.
 
     Args:
@@ -242,7 +242,7 @@ def padded(flat: Any, lengths: Any, width: int, fill: Any) -> Any:
         width: ≥ 0.
         fill: the number at the end of shorter lists.
     Example:
-        >>> padded(np.array([1, 2, 3, 4]), np.array([3, 1]), 2, 0).tolist()
+        >>> pad_lists(np.array([1, 2, 3, 4]), np.array([3, 1]), 2, 0).tolist()
         [[1, 2], [4, 0]]
     """
     out = np.full((len(lengths), width, *flat.shape[1:]), fill, dtype=flat.dtype)
@@ -263,7 +263,7 @@ def _target(part: Any, y: str) -> Any:
         return _scalars(part, y)
     found = _lists(part, y)
     if isinstance(found, _Lists):
-        return padded(found.flat, found.lengths, int(found.lengths.max(initial=0)), IGNORED)
+        return pad_lists(found.flat, found.lengths, int(found.lengths.max(initial=0)), IGNORED)
     names = getattr(feature, "names", None)
     if names is None:
         return found

@@ -24,7 +24,7 @@ from atoll.plan.round import Failure, Report
 from atoll.plan.state import State
 from atoll.runs.confusion import Confusion
 from atoll.runs.format import format_number, plain
-from atoll.runs.frames import Backend, frame_of, rows_of
+from atoll.runs.frames import Backend, all_rows, frame_of
 from atoll.runs.inference import Inference
 from atoll.runs.personal import ClientModels, no_models_here
 from atoll.runs.predictor import Predictor, predictor_of
@@ -163,7 +163,7 @@ class Run:
         if self.plotter is None:
             raise UsageError("A run that no training made.", "a run of `atoll.train`.")
         chosen = metrics or (str(self.best.get("metric", "loss")),)
-        return self.plotter(rows_of(self.reports, self.rounds, self.path), chosen, x)
+        return self.plotter(all_rows(self.reports, self.rounds, self.path), chosen, x)
 
     def personal(self, client: int | str) -> nn.Module:
         """A new module with the final model of a client: the shared model with its own part, or its second model.

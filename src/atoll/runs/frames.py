@@ -64,7 +64,7 @@ def frame_of(reports: Sequence[Report], rounds: int, path: Path | None, kind: st
     first = reports[0].round if reports else rounds
     rows: list[Mapping[str, Any]] = []
     if kind == "rounds":
-        rows = rows_of(reports, rounds, path)
+        rows = all_rows(reports, rounds, path)
     else:
         for event in _before(path, "events.jsonl", first):
             if event["event"] == "clients":
@@ -76,7 +76,7 @@ def frame_of(reports: Sequence[Report], rounds: int, path: Path | None, kind: st
     return frame_of_columns(columns, backend, f"run.frame(backend={backend!r})")
 
 
-def rows_of(reports: Sequence[Report], rounds: int, path: Path | None) -> list[Mapping[str, Any]]:
+def all_rows(reports: Sequence[Report], rounds: int, path: Path | None) -> list[Mapping[str, Any]]:
     """The rows of all rounds of a run; those before a resumption are read from the run folder.
 
     Args:
