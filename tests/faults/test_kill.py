@@ -169,3 +169,44 @@ def test_thirty_kills_at_random_moments(server, tmp_path, name):
             runs += 1
     answer = server.order(**words, folder=str(tmp_path / f"run {runs}"))
     assert result(Path(answer["path"])) == expected
+
+
+PRIVATE = "Plan(Train(sgd(0.1), steps=1, batch=8), Mean('equal', over='expected'), cohort=Poisson(0.5), "
+PRIVATE += "codec=Clip(1.0) >> Noise(1.0))"
+
+
+def lines(folder, name):
+    """The number of whole lines of a log of all runs in a folder."""
+    files = [path for path in folder.glob(f"*/{name}") if not path.parent.is_symlink()]
+    return sum(path.read_bytes().count(b"\n") for path in files)
+
+
+def released_rounds_are_charged(server, folder, kill, half):
+    """Kill a run with noise at a point, and let it finish: at no time are more rounds released than charged."""
+    words = {"plan": PRIVATE, "folder": str(folder), "rounds": 3}
+    server.order(**words, kill=kill, half=half)
+    charged, released = lines(folder, "ledger.jsonl"), lines(folder, "metrics.jsonl")
+    assert released <= charged
+    answer = server.order(**words)
+    assert not answer["killed"] and lines(folder, "metrics.jsonl") == 3
+    assert lines(folder, "ledger.jsonl") - charged >= 3 - released
+
+
+def test_a_killed_run_with_noise_releases_no_round_without_a_charge(server, tmp_path):
+    (tmp_path / "whole").mkdir()
+    points = server.order(plan=PRIVATE, folder=str(tmp_path / "whole"), rounds=3)["points"]
+    assert points > 20 and lines(tmp_path / "whole", "ledger.jsonl") == 3
+    (tmp_path / "killed").mkdir()
+    released_rounds_are_charged(server, tmp_path / "killed", points // 2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("half", [False, True])
+def test_a_run_with_noise_is_killed_at_every_point(server, tmp_path, half):
+    """Each point once: the odd ones, and the even ones with half of the current write on disk."""
+    (tmp_path / "whole").mkdir()
+    points = server.order(plan=PRIVATE, folder=str(tmp_path / "whole"), rounds=3)["points"]
+    for kill in range(2 if half else 1, points + 1, 2):
+        (tmp_path / str(kill)).mkdir()
+        released_rounds_are_charged(server, tmp_path / str(kill), kill, half)

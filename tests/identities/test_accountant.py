@@ -146,10 +146,13 @@ def test_200_settings_have_the_divergences_of_dp_accounting(first):
 
 @pytest.mark.slow
 def test_settings_have_the_loss_distributions_of_dp_accounting():
-    """Both bound ε from above, by different grids."""
+    """On its grid of 1e-4 both are equal. Atoll's own grid gives at most 1e-4 more, and less if losses are small."""
     known = [row for row in ANSWERS if row[5] is not None]
     assert len(known) > 30
     for q, z, rounds, delta, by_rdp, by_pld in known:
-        found = least_epsilon(Releases(z, rounds, q), delta)
-        assert found <= by_rdp + 1e-6
-        assert found == pytest.approx(by_pld, rel=2e-3, abs=2e-3), (q, z, rounds, delta)
+        releases = Releases(z, rounds, q)
+        found = least_epsilon(releases, delta)
+        assert found <= min(by_rdp + 1e-6, by_pld + 1e-4)
+        if q < 1:
+            found = pld_epsilon(releases, delta, by_rdp, step=1e-4)
+        assert found == pytest.approx(by_pld, abs=1e-4), (q, z, rounds, delta)

@@ -10,6 +10,7 @@ import torch
 import atoll
 from atoll.base.errors import RunError, UsageError
 from atoll.base.random import Key
+from atoll.data import IID
 from atoll.plan import Plan
 from atoll.plan.aggregate import Masks, Mean
 from atoll.plan.aggregate.ring import grid_of, rounded
@@ -117,6 +118,16 @@ def test_noise_with_a_secure_sum_is_refused_where_no_proof_covers_it(digits) -> 
         _theta(digits, _plan(Masks(), **_NOISED, codec=noised, cohort=Poisson(0.5)), "inprocess")
     with pytest.raises(UsageError, match="one client could decide"):
         _theta(digits, _plan(Masks(), **_NOISED, codec=noised, cohort=Uniform(5)), "inprocess")
+
+
+def test_the_refusal_of_small_cohorts_names_the_clients_of_the_user_and_a_number_that_is_enough() -> None:
+    plan = atoll.recipes.dp_fedavg(secure=True)
+    with pytest.raises(UsageError, match=r"Poisson\(0.1\) of 20 clients: cohorts of 0 to 15") as caught:
+        atoll.rounds("softmax", atoll.data.load("digits").split(20), plan, rounds=1)
+    assert caught.value.line == "clients=640"
+    enough = atoll.data.load("digits").split(640, IID(), min_rows=1)
+    with atoll.rounds("softmax", enough, plan, rounds=1) as training:
+        assert training.plan.releases
 
 
 def test_rounding_enlarges_no_clipped_update_by_more_than_the_noise_covers() -> None:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 import atoll
 from atoll import recipes
@@ -12,7 +13,7 @@ from atoll.cli.output import outcome
 from atoll.data import IID
 from atoll.plan.codec import Clip
 from atoll.runs.summary import summary
-from atoll.training.privacy import NOT_PRIVATE
+from atoll.training.privacy import CLIENTS_ROWS, NOT_PRIVATE
 
 PLAN = recipes.dp_fedavg(lr=0.5, clip=0.5, noise=2.0, q=0.1)
 WORDS = {"rounds": 40, "budget": 0.8, "delta": 1e-5, "report": False, "numerics": "lanes"}
@@ -61,6 +62,15 @@ def test_rounds_of_less_than_one_client_are_noted(digits):
         training = atoll.rounds("softmax", digits, f"dp_fedavg(q={q})", rounds=1)
         with training:
             assert any(alone in note for note in training.notes) is few
+
+
+def test_held_out_rows_of_natural_clients_are_noted_and_evaluated_together():
+    x = torch.arange(240.0).reshape(60, 4) / 240
+    rows = {f"site {i}": (x, torch.arange(60) % 2) for i in range(6)}
+    for held_out, noted in ((0.2, True), (0, False)):
+        sites = atoll.data.federate(rows, held_out=held_out)
+        with atoll.rounds("softmax", sites, PLAN, rounds=1, delta=1e-3) as training:
+            assert (CLIENTS_ROWS in training.notes) is noted and not training.by_client
 
 
 class Killed(Exception):

@@ -3,16 +3,23 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 from atoll.compute.user_code import RULES
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_page_is_generated_from_the_rules():
-    spec = importlib.util.spec_from_file_location("what_runs", ROOT / "docs" / "what_runs.py")
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    assert (ROOT / "docs" / "what_runs.md").read_text(encoding="utf-8") == made.page(), "run python docs/what_runs.py"
+def made(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.page()
+
+
+@pytest.mark.parametrize("name", ["what_runs", pytest.param("what_combines", marks=pytest.mark.slow)])
+def test_the_page_is_generated(name):
+    assert (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") == made(name), f"run python docs/{name}.py"
 
 
 def test_each_rule_has_an_outcome_a_backend_and_a_test():

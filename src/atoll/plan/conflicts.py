@@ -8,12 +8,14 @@ Tests: tests/surface/test_contract.py, tests/faults/test_bad_input.py
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import FunctionType
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from atoll.base.concepts import concept, part_for
@@ -378,6 +380,7 @@ def check_rows(part: object, named: Mapping[str, Tensor], count: int, client: in
 
 
 MISSED = 2.0**-40  # largest chance that a cohort is too large, or too small, for a secure sum with noise
+_MANY = 1 << 20  # clients that a message proposes, at most
 _ROUNDED = 2.0**-11  # part of the bound by which the rounding of a secure sum may enlarge an update
 
 
@@ -408,17 +411,39 @@ def check_noised_sum(slots: Slots, task: Task, population: Population) -> None:
             "the rounding of each update would enlarge it by more than the noise covers.",
             Part("Mean(weights='equal', over='expected', secure=Masks(ring=64))", "aggregator"),
         )
-    selection = slots.sampler.selection(clients, 1)
-    coins = selection is not None and selection.relation == "add or remove" and selection.rate < 1
-    rate = selection.rate if selection is not None else 1.0
-    smallest = clients - binomial_tail(clients, 1 - rate, MISSED) if coins else largest
-    if any(n - 1 < rule.least(n) for n in {smallest, largest}):
+    smallest, largest = _cohorts(slots.sampler, clients)
+    if not _large_enough(rule, (smallest, largest)):
+        least = next(n for n in itertools.count(1) if _large_enough(rule, (n, n)))
+        write = _more_clients(slots, clients)
         raise UsageError(
-            f"{rule!r} with noise and cohorts of {smallest} to {largest} clients.",
-            f"cohorts of more clients than a sum needs, at least {rule.least(smallest) + 1} of {smallest}.",
+            f"{rule!r} with noise and {slots.sampler!r} of {clients} clients: cohorts of {smallest} to {largest}.",
+            f"cohorts of more clients than a sum needs, at least {least}.",
             "one client could decide whether a round has a sum, and no noise hides that.",
-            Change("clients", 1000),
+            Change("clients", write) if write else Change("plan.cohort", f"Uniform({least})"),
         )
+
+
+def _cohorts(sampler: Sampler, clients: int) -> tuple[int, int]:
+    """The least and the largest cohort of some clients, each except with a chance of 2⁻⁴⁰."""
+    largest = sampler.largest(Population(clients, torch.ones(clients, dtype=torch.int64)))
+    selection = sampler.selection(clients, 1)
+    coins = selection is not None and selection.relation == "add or remove" and selection.rate < 1
+    rate = 1.0 if selection is None else selection.rate
+    return (clients - binomial_tail(clients, 1 - rate, MISSED) if coins else largest), largest
+
+
+def _large_enough(rule: Aggregator, cohorts: tuple[int, int]) -> bool:
+    """Whether cohorts of these sizes have a sum, also without one of their clients."""
+    return all(n - 1 >= rule.least(n) for n in cohorts)
+
+
+def _more_clients(slots: Slots, clients: int) -> int:
+    """A number of clients whose cohorts are large enough, at most twice the least; 0: more clients do not help."""
+    while clients < _MANY:
+        clients *= 2
+        if _large_enough(slots.aggregator, _cohorts(slots.sampler, clients)):
+            return clients
+    return 0
 
 
 def check_memory(part: object, before: Tensors, after: Tensors, client: int, round: int) -> None:

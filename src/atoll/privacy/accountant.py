@@ -20,7 +20,7 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 65), *range(65, 257, 4), 320, 384, 512, 1024)
-_GRID = 5e-4  # largest distance between privacy losses of a PLD; smaller for many or small releases
+_GRID = 2e-4  # largest distance between privacy losses of a PLD; smaller for many or small releases
 _POINTS = 1 << 22  # largest number of losses of a PLD
 _LARGEST = 300.0  # largest ε of a PLD: e^ε must not overflow
 _TAIL = 1e-6  # part of δ that a PLD may lose in its tails
@@ -177,7 +177,7 @@ def _fixed_size_moment(q: float, z: float, order: float) -> float:
 # Privacy loss distributions
 
 
-def pld_epsilon(releases: Releases, delta: float, most: float) -> float:
+def pld_epsilon(releases: Releases, delta: float, most: float, step: float | None = None) -> float:
     """ε of releases with independent coins, from the distribution of the privacy loss for both neighbours.
 
     The loss of one release is rounded to a grid so that δ(ε) is exact at the grid and never too small between its
@@ -187,6 +187,7 @@ def pld_epsilon(releases: Releases, delta: float, most: float) -> float:
         releases: the releases.
         delta: δ in (0, 1).
         most: an upper bound of ε, such as that of RDP.
+        step: the distance of two losses. None: fine enough that ε is at most 1e-4 above its limit.
     Example:
         >>> round(pld_epsilon(Releases(1.3, 6000, 1 / 400), 1e-5, 1.0), 3)
         0.64
@@ -195,12 +196,14 @@ def pld_epsilon(releases: Releases, delta: float, most: float) -> float:
     """
     if most > _LARGEST:
         return math.inf
-    return max(_one_sided(releases, delta, most, curve) for curve in (_removed, _added))
+    if step is None:
+        small = max(1e-5, most / 2000), 0.01 / math.sqrt(releases.count), 0.05 * releases.rate / releases.noise
+        step = min(_GRID, *small)
+    return max(_one_sided(releases, delta, step, curve) for curve in (_removed, _added))
 
 
-def _one_sided(releases: Releases, delta: float, most: float, curve: Callable[[float, float, Array], Array]) -> float:
+def _one_sided(releases: Releases, delta: float, step: float, curve: Callable[[float, float, Array], Array]) -> float:
     """ε for one of the two directions of neighbours."""
-    step = min(_GRID, max(1e-5, most / 2000), 0.02 / math.sqrt(releases.count), 0.05 * releases.rate / releases.noise)
     losses, mass, infinite = _discrete(releases, curve, step, delta)
     losses, mass, lost = _composed(losses, mass, releases.count, step, delta)
     lost += -math.expm1(releases.count * math.log1p(-infinite))

@@ -25,6 +25,10 @@ CLAIM = (
     "models and noised sums of a trusted server; not covered: the log of the operator (ids, times, bytes), and "
     "held-out rows, which must be the server's own"
 )
+CLIENTS_ROWS = (
+    "The held-out rows are rows of the clients. ε covers neither their metrics, which have no noise, nor a choice of a "
+    "round by them: publish the model and not these metrics, or pass held_out=0 and evaluate on rows of the server."
+)
 
 
 class Private(Protocol):
@@ -74,21 +78,26 @@ def budget_of(plan: Plan, data: Any, settings: Settings) -> Budget | None:
     return Budget(plan, data.count, settings.delta, settings.budget, ledger)
 
 
-def notes_of(plan: Plan, clients: int, settings: Settings) -> tuple[str, ...]:
-    """The notes of a plan with noise: noise that is not private, and rounds that have less than one client.
+def notes_of(plan: Plan, data: Clients, settings: Settings) -> tuple[str, ...]:
+    """The notes of a plan with noise: noise that is not private, rows that ε does not cover, and very small rounds.
 
     Args:
         plan: the algorithm.
-        clients: the number of clients.
+        data: the clients.
         settings: the settings of the training.
     """
     if not plan.releases:
         return ()
-    label = (NOT_PRIVATE,) if settings.randomness == "seed" else ()
+    clients = data.count
+    notes = [NOT_PRIVATE] if settings.randomness == "seed" else []
+    if data.names is not None and data.held_owner is not None and bool((data.held_owner >= 0).any()):
+        notes.append(CLIENTS_ROWS)
     chance = plan.sampler(Population(clients, torch.ones(clients, dtype=torch.int64)), 0, Key(0)).chance
     expected = float(chance.sum() if chance.dim() else chance * clients)
-    few = f"A round has {expected:.2g} clients in expectation, so most rounds add noise alone. A larger cohort helps."
-    return (*label, few) if expected < 1 else label
+    if expected < 1:
+        few = f"A round has {expected:.2g} clients in expectation, so most rounds add noise alone."
+        notes.append(f"{few} A larger cohort helps.")
+    return tuple(notes)
 
 
 def refuse_leaks(training: Private) -> None:

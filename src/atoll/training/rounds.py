@@ -196,7 +196,7 @@ class Training:
     @property
     def notes(self) -> tuple[str, ...]:
         """The choices that atoll made for the user: about the data, and about the model, the loss and the metrics."""
-        private = notes_of(self.plan, self.data.count, self.settings)
+        private = notes_of(self.plan, self.data, self.settings)
         few = self.by_client and self.evaluated.count < self.data.count
         some = (
             f"{self.evaluated.count} of {self.data.count} clients, drawn by the seed, are evaluated on their own rows."
