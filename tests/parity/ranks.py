@@ -201,7 +201,8 @@ def main(folder, cases):
     ended = train("mlp", here, KILLED, rounds=6, out=folder / "runs", checkpoint_s=0.0, report=False, **words)
     torch.manual_seed(ranks.rank)  # each rank builds another model; the one of rank 0 is broadcast
     mine = train(norm(), here, recipes.fedavg(0.1), rounds=1, out=None, **words)
-    out = {"one model": mine.reports[-1].fingerprint}
+    noised = train("softmax", here, recipes.dp_fedavg(0.1, q=0.5), rounds=2, out=None, **words)
+    out = {"one model": mine.reports[-1].fingerprint, "noised": noised.reports[-1].fingerprint}
     out["run"] = {"path": ended.path and ended.path.name, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
     for name, module, numerics, plan, told in cases:
         out[name] = outcome(module, numerics, plan, here, partial(TorchrunEngine, ranks=ranks), **told)

@@ -125,6 +125,11 @@ def test_a_rank_that_dies_changes_no_bit_and_no_row(lived, clients):
     assert runs.read_environment(path)["ranks"] == 2
 
 
+def test_all_ranks_draw_the_noise_of_one_secret(two):
+    first, second = (rank["noised"] for rank in two)
+    assert first == second
+
+
 def test_the_model_of_rank_0_is_everybodys(two, clients):
     torch.manual_seed(0)
     alone = [r.fingerprint for r in rounds(theirs.norm(), clients, recipes.fedavg(0.1), rounds=1, numerics="loop")]
