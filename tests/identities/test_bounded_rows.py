@@ -68,3 +68,10 @@ def test_a_norm_and_a_row_do_not_depend_on_the_other_rows(dtype):
     steps = rounded.double() * 64
     assert steps.equal(steps.round()) and float(rounded_rows(x, 6, 9, key).abs().max()) == 9 / 64
     assert ((rounded - x).abs() <= 1 / 64).all() and abs(float((rounded - x).mean())) < 6 / 64 / 2 / math.sqrt(45000)
+
+
+@pytest.mark.parametrize("natively", [False, pytest.param(True, marks=needs_native)])
+@pytest.mark.parametrize("d", [0, 5, BLOCK + 5])
+def test_no_client_has_no_row(natively, d):
+    sizes, *rows, _, _ = passes(torch.zeros(0, d), 3, 4, Key(1).of(torch.arange(0)), natively)
+    assert sizes.shape == (0, 1) and all(each.shape == (0, d) for each in rows)

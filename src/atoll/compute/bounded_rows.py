@@ -133,7 +133,7 @@ def _block_sums(x: Tensor) -> Tensor:
     whole = x[:, : x.shape[1] - rest].unflatten(1, (-1, _RUNS, _LANES))
     lanes = min(_LANES, 1 << rest.bit_length())  # more lanes would add zeros
     last = pad(x[:, x.shape[1] - rest :], (0, -rest % lanes)).unflatten(1, (1, -1, lanes))
-    return torch.cat([_lane_sums(runs) for runs in (whole, last) if runs.numel()], 1)
+    return torch.cat([_lane_sums(runs) for runs in (whole, last) if runs.shape[1] * runs.shape[2]], 1)
 
 
 def _lane_sums(runs: Tensor) -> Tensor:
