@@ -364,7 +364,7 @@ class Bulyan(RowRule):
         UsageError: f is out of range, or a cohort has fewer than 4f + 3 clients.
         RunError: a round has fewer contributions.
     Example:
-        >>> Bulyan(1).rule(torch.tensor([[1.0], [1.1], [900.0], [1.2], [0.9], [1.0], [1.0]]))
+        >>> Bulyan(1).rule(torch.tensor([[1.0], [1.0], [900.0], [1.0], [1.0], [1.0], [1.0]]))
         tensor([1.], dtype=torch.float64)
 
     Reference: El Mhamdi, Guerraoui, Rouault, The Hidden Vulnerability of Distributed Learning in Byzantium, 2018.
