@@ -289,8 +289,10 @@ class Listener:
         loop, beginning = asyncio.get_running_loop(), set[asyncio.Task[None]]()
 
         async def begin(link: socket.socket) -> None:
-            with contextlib.suppress(OSError, TimeoutError):  # a handshake that failed
+            try:
                 await loop.connect_accepted_socket(make, link, ssl=context, ssl_handshake_timeout=HEAD_S)
+            except (OSError, TimeoutError):  # the handshake failed
+                link.close()
 
         try:
             while True:
