@@ -69,7 +69,7 @@ def run_plot(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], x: str) 
         UsageError: an unknown column or axis, or a run without virtual time.
     Example:
         >>> run_plot([{"round": 0, "loss": 2.0}, {"round": 1, "loss": 1.0}], ["loss"], "round")
-        RunPlot('loss by round.')
+        RunPlot('training loss by round.')
     """
     if x not in AXES:
         raise unknown_name("axis", x, AXES, lambda near: Line(python=f'x="{near}"'))
