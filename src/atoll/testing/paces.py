@@ -176,7 +176,7 @@ def _play(subject: str, part: Pace, sampler: Sampler, order: str) -> None:
     population = Population(clients, torch.ones(clients, dtype=torch.int64))
     plan = Plan(Train(sgd(0.1), epochs=1), Mean(), cohort=sampler, pace=part)
     none = torch.empty(0)
-    state = State(0, 7, Model(none, none, {}, {}), {}, {}, Memory({}))
+    state = State(0, 7, Model(none, none, {}, {}), {}, {"sampler": {}}, Memory({}))
     for t in range(_ROUNDS):
         state = dataclasses.replace(state, round=t)
         cohort = draw_cohort(plan, state, population, state.key())
