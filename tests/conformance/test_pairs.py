@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from problems import classification, seeded, task_of
-from quick_cases import one_in
 from torch import nn
 
 from atoll import recipes
@@ -270,7 +269,19 @@ def thinned():
 
 
 ROWS = list(thinned())
-TRAINED = one_in(3, ROWS)  # a training takes most of the time
+
+
+def third(rows):
+    """The rows that are trained quickly, as a training takes most of the time: one in three, and each part once."""
+    seen = set()
+    for i, row in enumerate(rows):
+        parts = {*enumerate(row.values)}
+        left_out = not row.marks and i % 3 and parts <= seen
+        seen |= set() if left_out or row.marks else parts
+        yield pytest.param(*row.values, marks=pytest.mark.slow, id=row.id) if left_out else row
+
+
+TRAINED = list(third(ROWS))
 DATA = classification((4, 4, 3, 4, 5, 2, 4, 3, 3, 4, 4, 6, 4, 4), (3,), 3)
 FLEET = Fleet(HalfNormal(), uplink="1 kB/s", server="10 kB/s", dropout=0.1)
 TASKS = {body: task_of(seeded(nn.Linear, 3, 3), DATA, body, torch.float32) for body in ("lanes", "loop")}
@@ -383,7 +394,7 @@ def test_every_two_parts_meet_in_the_quick_rows():
     quick = [p.values for p in ROWS if not p.marks]
     trained = [p.values for p in TRAINED if not p.marks]
     assert [{*names} for names in zip(*trained, strict=True)] == [{*table} for table in TABLES], "each is trained once"
-    assert len(quick) < 1.3 * len(CODECS) * len(AGGREGATORS)
+    assert len(quick) < 1.4 * len(CODECS) * len(AGGREGATORS)
     for one, other in itertools.combinations(range(len(TABLES)), 2):
         rows = quick if (one, other) != (0, 1) else [tuple(p.values) for p in ROWS]
         met = {(names[one], names[other]) for names in rows}

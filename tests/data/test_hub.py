@@ -76,18 +76,22 @@ def test_outputs_with_logits_give_the_bits_of_a_tensor():
     words = Words()
     source = atoll.data.arrays({"input_ids": words.ids, "attention_mask": words.mask}, words.y)
     wanted = prints(train(source, Net(), rounds=1))
-    for form in ("object", "mapping", "tuple"):
+    for form in ("object", "mapping"):
         assert prints(train(source, Net(form), rounds=1)) == wanted, form
-    with pytest.raises(UsageError, match="fields last_hidden_state, and no logits"):
-        train(source, Net("none"), rounds=1)
+    for form, field in (("none", "['last_hidden_state']"), ("tuple", "[0]")):
+        with pytest.raises(UsageError) as error:
+            train(source, Net(form), rounds=1)
+        names = {"torch": torch}
+        exec(str(error.value.write.python if hasattr(error.value.write, "python") else error.value.write), names)
+        assert field in error.value.given and prints(train(source, names["Logits"](Net(form)), rounds=1)) == wanted
 
 
 def test_logits():
     t = torch.zeros(2, 3)
-    for output in (t, (t, None), [t], {"logits": t}, (Output(t),), Output(t)):
+    for output in (t, {"logits": t}, Output(t)):
         assert logits_of(output) is t
-    for output in (None, {}, (), (None, t), {"logits": None}):
-        with pytest.raises(UsageError, match="no logits"):
+    for output in (None, {}, (), (t, None), [t], (None, t), {"logits": None}):
+        with pytest.raises(UsageError, match="The model returned"):
             logits_of(output)
 
 

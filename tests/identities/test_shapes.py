@@ -309,13 +309,13 @@ def test_probabilities_with_cross_entropy_are_refused(net, probabilities):
             assert atoll.rounds(net, DATA, recipes.fedavg(0.1), rounds=1, loss=loss).task.loss
 
 
-Pair = namedtuple("Pair", "hidden logits")
+Pair = namedtuple("Pair", "scores rows")
 
 
 @dataclass
 class Answer:
     loss: Tensor | None
-    logits: Tensor
+    scores: Tensor
 
 
 class Wrapping(nn.Module):
@@ -329,7 +329,7 @@ class Wrapping(nn.Module):
 
 @pytest.mark.parametrize(
     "wrap",
-    [lambda o: {"hidden": 2 * o, "logits": o}, lambda o: Pair(2 * o, o), lambda o: Answer(None, o), lambda o: (o, 1)],
+    [lambda o: {"scores": o, "hidden": 2 * o}, lambda o: Pair(o, 2 * o), lambda o: Answer(None, o), lambda o: (o, 1)],
 )
 def test_an_output_that_is_no_tensor_is_refused_with_a_wrapper(wrap):
     with pytest.raises(UsageError, match="returned a") as error:

@@ -150,7 +150,7 @@ def check_output(output: Any) -> None:
     tensors = [name for name, value in fields.items() if isinstance(value, Tensor)]
     raise UsageError(
         f"The model returned a {type(output).__name__}{f' with {shown}' if shown else ''}.",
-        "a tensor with one entry for each row.",
+        "a tensor with one entry for each row, or an object with logits.",
         "the built-in losses and metrics compare one tensor with the targets.",
         _wrapper(next((n for n in tensors if "logits" in n), tensors[0])) if tensors else "",
     )
@@ -198,6 +198,6 @@ def _wrapper(field: str) -> str:
         "    def __init__(self, net):\n"
         "        super().__init__()\n"
         "        self.net = net\n"
-        "    def forward(self, x):\n"
-        f"        return self.net(x){field}"
+        "    def forward(self, *rows, **words):\n"
+        f"        return self.net(*rows, **words){field}"
     )
