@@ -4,6 +4,8 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 WORKERS ?= 2
+# The tests of the source text. `make check` runs them, so `make test` does not.
+CHECKED := $(addprefix tests/surface/test_,house_rules.py contract.py homonyms.py limits.py)
 
 # Tests start some hundred processes. Without compiled files each of them would compile the package anew, for a second.
 unexport PYTHONDONTWRITEBYTECODE
@@ -27,7 +29,7 @@ demo: .venv/.core ## train on the digits, 100 clients, beside pooled and local-o
 	.venv/bin/atoll run --baselines --out runs
 
 test: .venv/.dev ## install what tests need, run the quick tests and the examples in docstrings
-	$(PYTEST) -n $(WORKERS) -m "not slow"
+	$(PYTEST) -n $(WORKERS) -m "not slow" $(addprefix --ignore=,$(CHECKED) tests/surface/test_typing.py)
 	$(PYTEST) -n $(WORKERS) --doctest-modules src/atoll
 
 test-all: .venv/.dev ## the same with the slow tests
@@ -50,7 +52,7 @@ check-style:
 	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports
 	$(PY) tests/surface/prose.py --check
-	$(PYTEST) -q $(addprefix tests/surface/test_,house_rules.py contract.py homonyms.py limits.py)
+	$(PYTEST) -q $(CHECKED)
 
 docs: .venv/.docs ## build the pages into docs/_build
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build

@@ -156,6 +156,7 @@ def test_a_constant_column_is_harmless():
     assert data.take(data.order)[0].abs().max() < 1e-9
 
 
+@pytest.mark.slow
 def test_scaling_does_not_depend_on_threads():
     x = Key(0).normal(200_000).reshape(-1, 4)
     got = []

@@ -439,6 +439,7 @@ def only_values(text):
     assert plain(value), value
 
 
+@pytest.mark.slow
 @given(texts)
 def test_any_text_is_a_value_or_refused(text):
     only_values(text)

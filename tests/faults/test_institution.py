@@ -62,15 +62,19 @@ class Tunnel(socketserver.BaseRequestHandler):
     def handle(self):
         head = b""
         while not head.endswith(b"\r\n\r\n"):
-            head += self.request.recv(1)
+            if not (byte := self.request.recv(1)):
+                return
+            head += byte
         method, address, _ = head.split(b" ", 2)
         assert method == b"CONNECT"
         self.server.asked.append(address.decode())
         host, _, port = address.decode().rpartition(":")
         with socket.create_connection((host, int(port))) as other:
             self.request.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            threading.Thread(target=pump, args=(other, self.request), daemon=True).start()
+            back = threading.Thread(target=pump, args=(other, self.request), daemon=True)
+            back.start()
             pump(self.request, other)
+            back.join()  # a socket that is closed while a thread reads it gives its number to another connection
 
 
 def pump(one, other):

@@ -77,7 +77,8 @@ def survive(server, folder, name, kills, rounds=ROUNDS):
     return result(Path(answer["path"]))
 
 
-@pytest.mark.parametrize("name", only(["flying"], PLANS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANS)
 def test_points_are_many(undisturbed, name):
     """Runs have enough points that kills fall between rows, states, segments and pointers."""
     assert undisturbed(name)[0] > 60

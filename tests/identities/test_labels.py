@@ -26,6 +26,7 @@ def weather(rows=120, seed=0):
     return pandas.DataFrame(x, columns=list("abcd")).join(pandas.DataFrame(y, columns=NAMES))
 
 
+@pytest.mark.slow
 def test_labels_train_as_independent_logistic_regressions():
     """The loss is the mean over L labels, so the rate of each label is 1/L of that of its own regression."""
     table = weather()

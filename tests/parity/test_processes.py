@@ -289,6 +289,7 @@ def test_kept_contributions_are_those_of_one_process(pace, sizes, nursery):
             assert torch.equal(mine.means["update"], theirs.means["update"])
 
 
+@pytest.mark.slow
 def test_a_client_that_hangs_costs_its_rounds_a_contribution_and_its_worker(tmp_path, nursery):
     data = classification(SIZES)
     gate = tmp_path / "gate"

@@ -24,6 +24,7 @@ def told(monkeypatch, capsys, *words: str) -> list[tuple[str, str, float, int]]:
     return [(who, name, float(points), int(times)) for who, _, name, _, points, _, times in rows]
 
 
+@pytest.mark.slow
 @FASHION
 def test_the_example_runs(monkeypatch, capsys):
     words = ("--clients", "10", "--rounds", "2", "--part-rounds", "2", "--steps", "1")

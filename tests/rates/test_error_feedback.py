@@ -138,7 +138,8 @@ WAYS = {"all": (None, 0.0, 0.3, 150), "lost": (None, 0.3, 0.3, 200), "part": (0.
 
 
 @pytest.mark.parametrize("inner", only([TopK(0.2) >> Quantize(8)], [TopK(0.2), TopK(0.2) >> Quantize(8)]), ids=repr)
-@pytest.mark.parametrize("way", only(["lost"], WAYS))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_a_shift_reaches_the_optimum_of_unlike_clients_at_a_constant_step(inner, way):
     cohort, lost, lr, rounds = WAYS[way]
     assert Bowls(8, 20).distances(EF21(inner), lr, [rounds], cohort, lost)[0] < 1e-6

@@ -32,6 +32,7 @@ def test_an_unknown_format_and_a_missing_extra_are_refused(monkeypatch):
         rendered(CHART, "pdf")
 
 
+@pytest.mark.slow
 def test_the_setting_plots_writes_further_formats_or_is_refused_before_the_training(tmp_path, monkeypatch):
     data = atoll.data.load("digits").split(clients=2)
     plan = atoll.recipes.gd(0.1)

@@ -333,6 +333,7 @@ def test_a_file_is_read(run, tmp_path):
     assert code == 0 and json.loads(out)["bytes"]["up"]["run"] == 2 * 2 * 64
 
 
+@pytest.mark.slow
 def test_a_plan_with_noise_states_its_epsilon_and_the_noise_for_a_budget():
     data = atoll.data.load("digits").split(100, min_rows=1)
     plan = atoll.recipes.dp_fedavg(lr=0.5, clip=0.5, noise=2.0, q=0.1)

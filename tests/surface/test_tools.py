@@ -403,6 +403,7 @@ class Anything(Optimizer):
 # doctor
 
 
+@pytest.mark.slow
 def test_a_healthy_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     checks = doctor.examine(tmp_path / "runs")
