@@ -1,6 +1,7 @@
 """Certificates of an institution in place of the authority of the federation, and connections through a proxy."""
 
 import asyncio
+import contextlib
 import socket
 import socketserver
 import threading
@@ -74,6 +75,8 @@ class Tunnel(socketserver.BaseRequestHandler):
             back = threading.Thread(target=pump, args=(other, self.request), daemon=True)
             back.start()
             pump(self.request, other)
+            with contextlib.suppress(OSError):
+                other.shutdown(socket.SHUT_RDWR)
             back.join()  # a socket that is closed while a thread reads it gives its number to another connection
 
 
