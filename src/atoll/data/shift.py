@@ -113,8 +113,10 @@ class FlippedRows:
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self.rows.take(index)
-        return x, torch.where(self.flipped[index], self.classes - 1 - y, y)
+        return x, self._labels(y, self.flipped[index])
 
     def targets(self) -> Tensor:
-        y = self.rows.targets()
-        return torch.where(self.flipped, self.classes - 1 - y, y)
+        return self._labels(self.rows.targets(), self.flipped)
+
+    def _labels(self, y: Tensor, flipped: Tensor) -> Tensor:
+        return torch.where(flipped, self.classes - 1 - y, y)

@@ -46,7 +46,7 @@ EXAMPLE = "plan.local.optimizer.lr=log(1e-3, 1)"
 OPTIMISTIC = "The best of {n} trials, chosen by the same held-out rows, is optimistic."
 _RANGE = re.compile(r"(log|linear|int)\(\s*([^,()]+?)\s*,\s*([^,()]+?)\s*\)")
 _OF_THE_SWEEP = {"seed": "--seeds 5", "out": "--out runs"}
-Tell = Callable[[float | None], None]
+Record = Callable[[float | None], None]
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def _range(key: str, kind: str, low: str, high: str) -> Range:
 class Proposer(Protocol):
     """Proposes settings in a fixed order."""
 
-    def ask(self) -> tuple[dict[str, str], Tell]:
+    def ask(self) -> tuple[dict[str, str], Record]:
         """The settings of the next trial, and a function that receives its value."""
         ...
 
@@ -291,7 +291,7 @@ class _Grid:
     def __init__(self, space: Mapping[str, Sequence[str]]) -> None:
         self._left = itertools.product(*([(key, text) for text in texts] for key, texts in space.items()))
 
-    def ask(self) -> tuple[dict[str, str], Tell]:
+    def ask(self) -> tuple[dict[str, str], Record]:
         return dict(next(self._left)), lambda value: None
 
 
@@ -316,12 +316,12 @@ class _Optuna:
         self._study = optuna.create_study(sampler=sampler, direction="maximize" if higher else "minimize")
         optuna.logging.set_verbosity(shown)
 
-    def ask(self) -> tuple[dict[str, str], Tell]:
+    def ask(self) -> tuple[dict[str, str], Record]:
         trial = self._study.ask(self._space)
         texts = {k: v if isinstance(v, str) else repr(v) for k, v in trial.params.items()}
-        return {k: texts[k] for k in self._space}, partial(self._tell, trial)
+        return {k: texts[k] for k in self._space}, partial(self._record, trial)
 
-    def _tell(self, trial: Any, value: float | None) -> None:
+    def _record(self, trial: Any, value: float | None) -> None:
         self._study.tell(trial, value, state=None if value is not None else self._failed)
 
 
@@ -652,11 +652,11 @@ def _run_trials(
         rows = _finish(trainer, tasks, note)
         if len(rows) < len(tasks) or any(row["status"] == "interrupted" for row in rows):
             return tuple(trials), (), False
-        for i, (settings, tell) in enumerate(asked):
+        for i, (settings, record) in enumerate(asked):
             its = rows[i * seeds : (i + 1) * seeds]
             names = tuple(row["run"] for row in its)
             trials.append(SweepTrial(first + i, settings, tuple(row["value"] for row in its), names))
-            tell(trials[-1].value)
+            record(trials[-1].value)
     return tuple(trials), (), True
 
 
