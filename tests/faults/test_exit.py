@@ -1,9 +1,14 @@
 """Daemon threads that serve and join end before the interpreter that exits is gone."""
 
+import asyncio
 import atexit
+import gc
 import os
+import socket
 import subprocess
 import sys
+import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,8 @@ from network import eventually
 from sites import Served, experiment, write_tables
 
 from atoll.data import csv
+from atoll.net import identity
+from atoll.net.loop import run_loop
 
 # The loop sleeps while the interpreter ends, and would wake up in the second in which the process lingers.
 LOOP = """
@@ -54,3 +61,62 @@ def test_an_exit_ends_a_server_and_its_sites_in_threads(tmp_path, monkeypatch):
         call()
     results = one.wait()
     assert results["north"] == 130 and results["server"].status == "interrupted"
+
+
+def contexts(folder):
+    """The TLS contexts of a server and of a client."""
+    now, key = datetime.now(UTC), identity.new_key()
+    authority = identity.Authority.new("test", now)
+    paths = [folder / name for name in ("server.pem", "server.key", "ca.pem")]
+    paths[0].write_bytes(identity.certificate_pem(authority.server(key, ["localhost"], now)))
+    identity.write_key(paths[1], key)
+    paths[2].write_bytes(identity.certificate_pem(authority.certificate))
+    return identity.server_context(*paths), identity.client_context(None, None, paths[2])
+
+
+@pytest.mark.parametrize("stage", ["no handshake", "silent", "full"])
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_a_loop_closes_the_connections_of_a_silent_peer(tmp_path, side, stage):
+    """The peer answers no handshake, or no end of a connection; or it reads nothing, so that the buffers are full."""
+    at_server, at_client = contexts(tmp_path)
+    listening = socket.create_server(("localhost", 0))
+    outer = socket.create_connection(listening.getsockname())
+    inner, _ = listening.accept()
+    ours, peer = (inner, outer) if side == "server" else (outer, inner)
+    ours.setblocking(False)
+
+    def handshake():
+        wrapped = (at_client if side == "server" else at_server).wrap_socket(
+            peer, server_side=side == "client", server_hostname="localhost" if side == "server" else None
+        )
+        peers.append(wrapped)
+
+    async def work():
+        at = asyncio.get_running_loop()
+        if side == "server":
+            opening = at.connect_accepted_socket(asyncio.Protocol, sock=ours, ssl=at_server)
+        else:
+            opening = at.create_connection(asyncio.Protocol, sock=ours, ssl=at_client, server_hostname="localhost")
+        if stage == "no handshake":
+            tasks.append(asyncio.create_task(opening))
+            await asyncio.sleep(0)
+            return at
+        transport, _ = await opening
+        if stage == "full":
+            transport.write(bytes(8 << 20))
+        transport.close()
+        return at
+
+    peers, tasks = [peer], []
+    thread = threading.Thread(target=handshake)
+    if stage != "no handshake":
+        thread.start()
+    try:
+        ended = run_loop(work())
+        assert ended.is_closed() and ours.fileno() == -1
+    finally:
+        if stage != "no handshake":
+            thread.join(30)
+        for one in (listening, peer, *peers):
+            one.close()
+    gc.collect()  # the tests fail by the warning of a transport that is not closed

@@ -37,7 +37,6 @@ from atoll.net.store import claim_home
 from atoll.net.terms import Own, RefusedError, Terms
 
 _RENEWED_BY_TOKEN = ("revoked", "behind")
-_CLOSE_S = 0.1  # aiohttp closes TLS connections in the background, and has no call that waits for it
 
 
 def join_federation(
@@ -119,7 +118,6 @@ async def _join(
     except asyncio.CancelledError:
         return 130
     finally:
-        await pause(_CLOSE_S)
         for number, handler in zip(signals, before, strict=True):  # a program that calls atoll.join keeps its own
             asyncio.get_running_loop().remove_signal_handler(number)
             signal.signal(number, handler or signal.SIG_DFL)

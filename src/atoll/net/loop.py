@@ -8,12 +8,18 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
+import socket
 import threading
+import time
+import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 EXIT_S = 10.0  # seconds in which a thread can end when the interpreter exits
+CLOSE_S = 0.1  # seconds in which a peer can answer the end of its connection, before the connection is aborted
+ABORT_S = 5.0  # seconds in which the loop can close aborted connections; it takes a few iterations
 
 
 def run_loop(work: Coroutine[Any, Any, T], end: Callable[[], None] | None = None) -> T:
@@ -21,6 +27,9 @@ def run_loop(work: Coroutine[Any, Any, T], end: Callable[[], None] | None = None
 
     If the interpreter exits before that, the coroutine is ended first. A loop of a daemon thread would otherwise wake
     up in an interpreter without state, and the process would end by SIGSEGV.
+
+    Connections that the coroutine leaves open are closed before the loop: a loop that is closed with the end of a TLS
+    connection under way would leak its socket.
 
     Args:
         work: the coroutine.
@@ -33,7 +42,8 @@ def run_loop(work: Coroutine[Any, Any, T], end: Callable[[], None] | None = None
         >>> run_loop(answer())
         42
     """
-    runner = asyncio.Runner(loop_factory=loop_factory())
+    links = Links()
+    runner = asyncio.Runner(loop_factory=lambda: links.watched(_new_loop()))
     loop = runner.get_loop()
 
     def cancel() -> None:
@@ -45,11 +55,60 @@ def run_loop(work: Coroutine[Any, Any, T], end: Callable[[], None] | None = None
             loop.call_soon_threadsafe(end or cancel)
 
     with ended_at_exit(stop):
-        try:
-            return runner.run(work)
-        finally:
-            with contextlib.suppress(OSError):  # uvloop is busy with the end of a TLS connection whose peer is gone
-                runner.close()
+        with runner:
+            try:
+                return runner.run(work)
+            finally:
+                runner.run(links.end())
+
+
+class Links:
+    """The open connections of an event loop.
+
+    Example:
+        >>> len(Links().open)
+        0
+    """
+
+    def __init__(self) -> None:
+        # A transport drops its socket when it is closed, and the entry goes with the socket.
+        self.open: weakref.WeakKeyDictionary[socket.socket, asyncio.BaseTransport | None]
+        self.open = weakref.WeakKeyDictionary()
+
+    def watched(self, loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
+        """Note each connection that the loop makes from a socket. Returns the loop."""
+        loop.create_connection = self._noting(loop.create_connection)  # type: ignore[method-assign]
+        loop.connect_accepted_socket = self._noting(loop.connect_accepted_socket)  # type: ignore[method-assign]
+        return loop
+
+    def _noting(self, connect: Any) -> Any:
+        @functools.wraps(connect)
+        async def noting(*args: Any, sock: socket.socket, **kwargs: Any) -> Any:
+            self.open[sock] = None
+            made = await connect(*args, sock=sock, **kwargs)
+            self.open[sock] = made[0]
+            return made
+
+        return noting
+
+    async def end(self) -> None:
+        """Wait for the connections that are being closed, then abort those that are still open."""
+        if not await self._closed(CLOSE_S):
+            for link, transport in list(self.open.items()):
+                if isinstance(transport, asyncio.WriteTransport):
+                    transport.abort()
+                with contextlib.suppress(OSError):  # it is closed, or the peer has gone
+                    link.shutdown(socket.SHUT_RDWR)
+            await self._closed(ABORT_S)
+
+    async def _closed(self, seconds: float) -> bool:
+        until, step = time.monotonic() + seconds, 0.0
+        while any(link.fileno() >= 0 for link in list(self.open)):
+            if time.monotonic() > until:
+                return False
+            await asyncio.sleep(step)
+            step = 0.001
+        return True
 
 
 @contextlib.contextmanager
@@ -77,11 +136,10 @@ def ended_at_exit(stop: Callable[[], None]) -> Iterator[None]:
         atexit.unregister(ended)
 
 
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """The loop of uvloop, which needs a sixth of the memory for a TLS connection; else that of asyncio."""
+def _new_loop() -> asyncio.AbstractEventLoop:
+    """A loop of uvloop, which needs a sixth of the memory for a TLS connection; else one of asyncio."""
     try:
         import uvloop
     except ImportError:
-        return None
-    made: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return made
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

@@ -290,7 +290,7 @@ class Listener:
 
         async def begin(link: socket.socket) -> None:
             try:
-                await loop.connect_accepted_socket(make, link, ssl=context, ssl_handshake_timeout=HEAD_S)
+                await loop.connect_accepted_socket(make, sock=link, ssl=context, ssl_handshake_timeout=HEAD_S)
             except (OSError, TimeoutError):  # the handshake failed
                 link.close()
 
@@ -310,6 +310,7 @@ class Listener:
                 beginning.add(task)
                 task.add_done_callback(beginning.discard)
         finally:
+            await asyncio.sleep(0)  # each handshake begins, and so owns its socket
             for task in beginning:
                 task.cancel()
 
