@@ -168,30 +168,52 @@ def test_refused_data_sets(datasets):
             call()
 
 
+BODY = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+HALF = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 8, "bos_token_id": 0, "eos_token_id": 0}
+FAMILIES = {  # class, its config, the layers that LoRA adapts, the kind of task of PEFT
+    "BertForSequenceClassification": (
+        ("BertConfig", {"vocab_size": 20, "max_position_embeddings": 8, "num_labels": 2, **BODY}),
+        (["query", "value"], "SEQ_CLS"),
+    ),
+    "GPT2LMHeadModel": (("GPT2Config", {"vocab_size": 20, **HALF}), (["c_attn"], "CAUSAL_LM")),
+    "LlamaForCausalLM": (
+        ("LlamaConfig", {"vocab_size": 20, "max_position_embeddings": 8, **BODY}),
+        (["q_proj", "v_proj"], "CAUSAL_LM"),
+    ),
+}
+
+
+def sentences(datasets):
+    """Rows of 4 to 6 tokens, in which each token decides the next one."""
+    draw = np.random.default_rng(0)
+    ids = (draw.integers(1, 20, 60)[:, None] + 3 * np.arange(6)) % 19 + 1
+    rows = [row[:n].tolist() for row, n in zip(ids, draw.integers(4, 7, 60), strict=True)]
+    ds = datasets.Dataset.from_dict({"input_ids": rows})
+    return hf(ds, x=["input_ids"], y=None, task="tokens", pad={"input_ids": 0})
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_bert_and_lora_train_and_only_trained_numbers_travel(datasets, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:fan_in_fan_out")
+def test_a_model_and_its_lora_train_and_only_trained_numbers_travel(family, datasets, tmp_path):
     transformers = pytest.importorskip("transformers", reason="the extra atoll[hf] is not installed")
     peft = pytest.importorskip("peft", reason="the extra atoll[hf] is not installed")
-    torch.manual_seed(0)
-    small = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-    config = transformers.BertConfig(vocab_size=20, max_position_embeddings=8, num_labels=2, **small)
-    model = transformers.BertForSequenceClassification(config)
-    source = hf(made(datasets, Words()))
-    run = train(source, model, rounds=6)
-    losses = [report.metrics["loss"] for report in run.reports]
-    assert losses[-1] < losses[0]
-    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"))
-    trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)
-    run = train(source, lora, rounds=6, plan="fedavg(lr=0.5, batch=8)")
-    losses = [report.metrics["loss"] for report in run.reports]
-    assert losses[-1] < losses[0] and type(run.model) is type(lora)
-    up = run.reports[-1].bytes_up / 3
-    assert 4 * trained <= up <= 4 * trained + 200
-    run = train(source, lora, rounds=1, plan="fedavg(lr=0.5, batch=8)", out=tmp_path, report=False)
-    torch.manual_seed(0)
-    again = peft.PeftModel.from_pretrained(transformers.BertForSequenceClassification(config), run.path / "adapter")
+    (config, values), (layers, task) = FAMILIES[family]
+
+    def make():
+        torch.manual_seed(0)
+        return getattr(transformers, family)(getattr(transformers, config)(**values))
+
+    source = sentences(datasets) if task == "CAUSAL_LM" else hf(made(datasets, Words()))
+    lora = peft.get_peft_model(make(), peft.LoraConfig(r=4, target_modules=layers, task_type=task))
+    for model, rate, out in ((make(), 0.1, None), (lora, 0.5, tmp_path)):
+        run = train(source, model, rounds=6, plan=f"fedavg(lr={rate}, batch=8)", out=out, report=False)
+        losses = [report.metrics["loss"] for report in run.reports]
+        assert losses[-1] < losses[0] and type(run.model) is type(model)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert 4 * trained <= run.reports[-1].bytes_up / 3 <= 4 * trained + 200
+    again = peft.PeftModel.from_pretrained(make(), run.path / "adapter")
     ids, mask = torch.tensor(Words().ids), torch.tensor(Words().mask)
     logits = [m.eval()(input_ids=ids, attention_mask=mask).logits for m in (run.model, again)]
     assert torch.equal(*logits)

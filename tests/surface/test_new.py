@@ -28,8 +28,19 @@ def place(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize(("template", "data"), [(t, "rows.csv") for t in TEMPLATES] + [("torch", None)])
+CASES = [pytest.param(t, "rows.csv", marks=[pytest.mark.slow] if t == "transformers" else []) for t in TEMPLATES] + [
+    ("torch", None)
+]
+
+
+def _needs(template):
+    if template == "transformers":
+        pytest.importorskip("transformers", reason="the extra atoll[hf] is not installed")
+
+
+@pytest.mark.parametrize(("template", "data"), CASES)
 def test_a_project_trains_at_once(template, data, place, monkeypatch):
+    _needs(template)
     files = new_project("p", template, data)
     module = next(f for f in files if f.suffix == ".py")
     lines = (place / "p/experiment.toml").read_text().splitlines()
@@ -99,9 +110,11 @@ def test_the_command_names_the_next_line(place, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("template", "data"), [("tabular", None), ("torch", "rows.csv"), ("own-loop", None), ("sklearn", "rows.csv")]
+    ("template", "data"),
+    [("tabular", None), ("torch", "rows.csv"), ("own-loop", None), ("transformers", None), ("sklearn", "rows.csv")],
 )
 def test_the_commands_of_the_readme_run(template, data, place):
+    _needs(template)
     new_project("p", template, data)
     module = TEMPLATES[template].module
     lines = [["-m", "atoll", "run", "experiment.toml", "--smoke"], ["-m", "pytest", "-q"]]

@@ -469,7 +469,9 @@ def start_project(
     name: Path,
     /,
     *,
-    template: Annotated[str, flag(OUTPUT, "tabular, torch, own-loop or sklearn. Default: tabular.")] = "tabular",
+    template: Annotated[
+        str, flag(OUTPUT, "tabular, torch, own-loop, transformers or sklearn. Default: tabular.")
+    ] = "tabular",
     data: Annotated[Path | None, flag(DATA, "A CSV, Parquet or Excel file. Default: a data set by name.")] = None,
     target: Annotated[str | None, flag(DATA, "The column to predict. Default: proposed from the header.")] = None,
 ) -> int:

@@ -28,7 +28,7 @@ from atoll.data.named import NAMED
 from atoll.data.schema import Schema
 from atoll.data.site_rows import site_rows
 from atoll.net import identity, wire
-from atoll.net.client import Client, Ended, Membership, Notify, enrol, pause
+from atoll.net.client import Client, Ended, Membership, Notify, enrol
 from atoll.net.ledger import ledger_rows
 from atoll.net.loop import run_loop
 from atoll.net.policy import Policy

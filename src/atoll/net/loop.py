@@ -54,12 +54,11 @@ def run_loop(work: Coroutine[Any, Any, T], end: Callable[[], None] | None = None
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(end or cancel)
 
-    with ended_at_exit(stop):
-        with runner:
-            try:
-                return runner.run(work)
-            finally:
-                runner.run(links.end())
+    with ended_at_exit(stop), runner:
+        try:
+            return runner.run(work)
+        finally:
+            runner.run(links.end())
 
 
 class Links:

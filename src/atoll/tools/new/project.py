@@ -82,6 +82,15 @@ TEMPLATES: dict[str, Kind] = {
         "Plan(Custom(my_loop:train, batch=10, lr=0.02), Mean())",
         "atoll predict latest ROWS             # predict rows; the loop is in my_loop.py",
     ),
+    "transformers": Kind(
+        "Train a BERT of the package transformers, in which each feature is a token, by federated averaging.",
+        "wine",
+        "my_model.py",
+        texts.TRANSFORMER,
+        "my_model:net",
+        _FEDAVG,
+        "atoll predict latest ROWS             # predict rows; the model is in my_model.py",
+    ),
     "sklearn": Kind(
         "Fit a pipeline of scikit-learn by federated averaging.",
         "breast_cancer",

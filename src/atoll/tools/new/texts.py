@@ -69,6 +69,41 @@ def net(features: tuple[int, ...], outputs: int) -> nn.Module:
     return Net(math.prod(features), outputs)
 '''
 
+TRANSFORMER = '''"""A BERT with random weights. `model = "my_model:net"` in experiment.toml names its function.
+
+It needs transformers: pip install "atoll[hf]". Each feature of a row is a token, as in FT-Transformer (Gorishniy et
+al., 2021). For text, tokenize a `datasets.Dataset` and read it with `atoll.data.hf`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+WIDTH = 32
+
+
+class Net(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": WIDTH}
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = BertConfig(1, max_position_embeddings=inputs, intermediate_size=2 * WIDTH, **sizes, **dropout)
+        self.scale = nn.Parameter(torch.randn(inputs, WIDTH) / math.sqrt(WIDTH))
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.last = nn.Linear(WIDTH, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(1)[:, :, None] * self.scale
+        return self.last(self.bert(inputs_embeds=tokens).last_hidden_state.mean(1))
+
+
+def net(features: tuple[int, ...], outputs: int) -> nn.Module:
+    """features: the shape of a row; outputs: the number of classes, or of numbers to predict."""
+    return Net(math.prod(features), outputs)
+'''
+
 LOOP = '''"""The training loop of a client. `Custom(my_loop:train)` in experiment.toml names this function."""
 
 import torch
