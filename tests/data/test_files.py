@@ -140,6 +140,9 @@ def test_latin_1_binary_and_nested_files(tmp_path):
     TABLE.to_excel(tmp_path / "t.xlsx", index=False, sheet_name="May")
     with pytest.raises(UsageError, match="no sheet 'Mai'"):
         load(tmp_path / "t.xlsx", sheet="Mai")
+    with pytest.raises(UsageError, match="no sheet 'Sales'") as refusal:
+        load(tmp_path / "t.xlsx", sheet="Sales")
+    assert not refusal.value.line, "no sheet is similar"
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):

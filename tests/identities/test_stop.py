@@ -225,3 +225,9 @@ def test_a_rule_of_the_user_replaces_the_default_one():
     data = atoll.data.load("wine").split(2)
     rules = atoll.rounds("softmax", data, atoll.recipes.fedavg(0.1), rounds=1, stop=[Diverged(factor=100)]).rules
     assert [rule for _, rule in each(rules)] == [Rounds(1), Diverged(factor=100)]
+
+
+def test_a_metric_without_a_similar_name_has_no_line():
+    with pytest.raises(UsageError, match="needs the metric 'brightness'") as refusal:
+        refuse_unknown(Target("brightness", above=0.9), ["accuracy", "loss"])
+    assert not refusal.value.line

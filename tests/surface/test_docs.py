@@ -138,13 +138,10 @@ def check_command(words: list[str]) -> None:
         return
     command, bound, *_ = app.parse_args(words[1:], print_error=False, exit_on_error=False)
     assert words[1] in app and command is app[words[1]].default_command, f"{words}: no such command"
-    told = bound.arguments.get("told")
-    if told is not None:
-        it = told.experiment(None, trust=False)
-        if it.split:
-            it._partition(it.split)
-        it._to(init=None)._settings()
-        it.told(recipe=it.recipe or "fedavg()").plan()
+    flags = bound.arguments.get("flags")
+    if flags is not None and "mine:" not in " ".join(words):  # the reader's own file
+        it = flags.experiment(None, trust=True)
+        it.override(recipe=it.recipe or "fedavg()").plan()
 
 
 @pytest.mark.parametrize("page", **named(TYPED))

@@ -26,6 +26,9 @@ def test_code_by_name():
     with pytest.raises(UsageError, match="has no class or function 'Pth'") as refusal:
         load_from_user("pathlib:Pth")
     assert refusal.value.line == "pathlib:Path"
+    with pytest.raises(UsageError, match="has no class or function 'huber'") as refusal:
+        load_from_user("pathlib:huber")
+    assert not refusal.value.line, "no name is similar"
 
 
 def test_nested_tables():

@@ -98,11 +98,11 @@ def load_from_user(name: str) -> Any:
     try:
         return functools.reduce(getattr, path.split("."), found)
     except AttributeError:
-        known = [each for each, value in vars(found).items() if callable(value) and each[0] != "_"]
+        near = did_you_mean(path, [each for each, value in vars(found).items() if callable(value) and each[0] != "_"])
         raise UsageError(
             f"The module {module} has no class or function {path!r}.",
             "module:name.",
-            write=f"{module}:{did_you_mean(path, known)}" if known else "",
+            write=f"{module}:{near}" if near else "",
         ) from None
 
 

@@ -280,9 +280,8 @@ def _excel(path: Path, sheet: str | None) -> Any:
             names = [str(name) for name in book.sheet_names]
             if sheet is not None and sheet not in names:
                 near = did_you_mean(sheet, names)
-                raise UsageError(
-                    f"{path} has no sheet {sheet!r}.", f"one of {', '.join(names)}.", write=Change("sheet", near)
-                )
+                line = Change("sheet", near) if near else ""
+                raise UsageError(f"{path} has no sheet {sheet!r}.", f"one of {', '.join(names)}.", write=line)
             return pandas.read_excel(
                 book, sheet_name=names[0] if sheet is None else sheet, keep_default_na=False, na_values=[""]
             )

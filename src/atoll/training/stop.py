@@ -473,7 +473,7 @@ def refuse_unknown(rules: Rules, metrics: Iterable[str]) -> None:
                     f"{rule!r} needs the metric {metric!r}.",
                     f"a metric that is reported: {', '.join(known)}.",
                     "without the metric the rule would never be met.",
-                    repaired(rule, metric=near) if hasattr(rule, "metric") else "Rounds(100)",
+                    (repaired(rule, metric=near) if near else "") if hasattr(rule, "metric") else "Rounds(100)",
                 )
 
 
