@@ -13,6 +13,8 @@ import atoll
 from atoll import recipes
 from atoll.base.errors import RunError, UsageError
 from atoll.base.random import Key
+from atoll.compute import limits
+from atoll.compute.native import BuildError, library, widths
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import (
     Attacked,
@@ -29,6 +31,7 @@ from atoll.plan.aggregate import (
     NormBound,
     SignFlip,
     TrimmedMean,
+    robust,
 )
 from atoll.plan.aggregate.rows import BLOCK, squared_distances
 from atoll.plan.codec import Rotate
@@ -119,6 +122,50 @@ def test_order_blocks_and_claimed_rows_change_no_bit(rule):
     claimed[3] = 10**7
     assert torch.equal(first, aggregated(rule, x, order=order, blocks=4))
     assert torch.equal(first, aggregated(rule, x, claimed, order, 3))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_rows_in_files_change_no_bit(rule, monkeypatch):
+    """Rows beyond the limit are in files: those that arrive, those that cross to another process, and the matrix."""
+    x, ones = rows(11, BLOCK + 3, dtype=torch.float32), torch.ones(11, dtype=torch.int64)
+    want = aggregated(rule, x)
+    monkeypatch.setattr(limits, "ROW_BYTES", 5 * x[0].nbytes)
+    assert torch.equal(want, aggregated(rule, x, order=torch.arange(11).flip(0), blocks=4))
+    halves = []
+    for some in ones.cumsum(0).sub(1).split([1, 10]):
+        given = Contribution({"update": x[some]}, {}, ones[some], {}, {})
+        halves.append(rule.fold(rule.zero(), given, Ids(some, 0 * some)))
+    whole = rule.merge(*[type(part).of(part.tensors()) for part in halves])
+    assert len(halves[1].files) == len(whole.files) == 1
+    assert torch.equal(want, rule.finalize(rule.total(whole), round_info()).means["update"])
+
+
+def test_a_full_disk_is_an_error(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(limits, "ROW_BYTES", 50)
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(RunError, match="GB free"):
+        aggregated(Median(), rows(9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, WIDE])
+def test_native_code_changes_no_bit(dtype, monkeypatch):
+    try:
+        library("ranks", *widths(dtype))
+    except BuildError as error:
+        pytest.skip(str(error))
+    for n, d in ((1, 3), (2, 64), (9, 130), (40, 65)):
+        x = rows(n, d, dtype=dtype).round(decimals=1)
+        x[:, 0] = -0.0
+        for rule in (Median(), TrimmedMean(0.0), TrimmedMean(0.3)):
+            monkeypatch.setattr(robust, "_NATIVE", True)
+            found = rule.rule(x)
+            monkeypatch.setattr(robust, "_NATIVE", False)
+            assert torch.equal(found.view(torch.int64), rule.rule(x).view(torch.int64))
+    monkeypatch.undo()
+    assert bool(Median().rule(torch.full((3, 2), float("nan"), dtype=dtype)).isnan().all())
 
 
 @pytest.mark.parametrize("rule", RULES[:10], ids=repr)
@@ -259,7 +306,8 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-def test_worker_processes_change_no_bit():
+def test_worker_processes_change_no_bit(monkeypatch):
+    monkeypatch.setattr(limits, "ROW_BYTES", 100)
     data, plan = classification((12, 9, 9, 7, 5, 4, 4)), Plan(recipes.fedavg(0.1).local, Krum(1, m=2))
     a, b = (
         atoll.train("softmax", data, plan, rounds=2, out=None, numerics="fused", engine=engine).reports[-1].fingerprint

@@ -127,7 +127,7 @@ def load_libraries(dtype: torch.dtype) -> ctypes.CDLL:
         atoll.compute.native.BuildError: this machine cannot build them.
     """
     library("exact"), library("exact", "WIDE"), library("dropout", *widths(dtype))  # WIDE: metrics are float64
-    library("bounded"), library("noise")
+    library("bounded"), library("noise"), library("ranks", *widths(dtype))
     return library("descent", *widths(dtype))
 
 

@@ -35,6 +35,10 @@ WHOLE_METRIC_NUMBERS = 1 << 27
 # took 20 ms with fresh memory and 4 ms with reused memory. Machine: a virtual machine, 5 to 14 µs per page.
 POOLED_BYTES = 1 << 20
 
+# Bytes of the updates of a round that a robust rule keeps in memory; the others are in a file. A bound and not a
+# measurement: decisions/0134. Machine: any.
+ROW_BYTES = 1 << 29
+
 # Numbers in one block of a client optimizer on the CPU. The allocator reuses temporaries of this size. It may return
 # those of whole lanes to the system and request them again at every operation. Case: Adam on lanes [100, 7850] made
 # 1500 page faults per step and took three times as long. Machine: not recorded.

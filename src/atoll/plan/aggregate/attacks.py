@@ -209,6 +209,7 @@ class Attacked(RowRule):
     attack: Attack
     share: float = bounded_number(0.2, least=0, below=0.5, why="no rule withstands a majority of attackers.")
     seed: int = bounded_number(0, least=0, whole=True)
+    in_memory = True
 
     def __post_init__(self) -> None:
         check_fields(self)

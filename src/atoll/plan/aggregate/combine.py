@@ -53,6 +53,7 @@ class Combine(RowRule):
 
     fn: Callable[[Tensor, Tensor], Tensor]
     weights: Weights = "examples"
+    in_memory = True
 
     def __post_init__(self) -> None:
         if not callable(self.fn):

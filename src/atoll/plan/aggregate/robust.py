@@ -20,6 +20,7 @@ Tests: tests/identities/test_robust.py
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -32,13 +33,17 @@ from torch import Tensor
 from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Part
 from atoll.base.validation import bounded_number, check_fields
+from atoll.compute.bounded_rows import norms
 from atoll.compute.layout import Layout
+from atoll.compute.native import serving
 from atoll.plan.aggregate.mean import Mean
-from atoll.plan.aggregate.rows import BLOCK, NO_FACTS, RowFacts, RowRule, squared_distances
+from atoll.plan.aggregate.rows import BLOCK, NO_FACTS, RowFacts, RowRule, row_memory, squared_distances
 from atoll.plan.protocols import Population, RoundInfo, Tensors, Total
 
 _STEPS, _NEAR = 1000, 1e-12  # of the geometric median: the most steps, and the least relative change of the weights
 _AT_A_ROW = 1e-12  # a distance below this part of the largest one is 0
+_COLUMNS = 64  # that native code sorts together
+_NATIVE = True
 _CLIPS = 5  # steps of the centered clipping
 
 
@@ -52,6 +57,8 @@ class Median(RowRule):
 
     Reference: Yin et al., Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates, 2018.
     """
+
+    by_coordinate = True
 
     def rule(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
         n = len(x)
@@ -74,6 +81,7 @@ class TrimmedMean(RowRule):
     """
 
     beta: float = bounded_number(least=0, below=0.5, example=0.2, why="with half or more nothing remains.")
+    by_coordinate = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -206,9 +214,15 @@ class CenteredClip(RowRule):
         last = facts.server.get("last", x[:0, 0])
         center = last.to(x.device) if len(last) else Median().rule(x)
         for _ in range(_CLIPS):
-            off = x.double() - center
-            norms = torch.linalg.vector_norm(off, dim=1, keepdim=True)
-            center = center + (off * (self.tau / norms.clamp(min=self.tau))).mean(0)
+            squares = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
+            for first in range(0, x.shape[1], BLOCK):
+                some = slice(first, first + BLOCK)
+                squares += (x[:, some].double() - center[some]).square().sum(1, keepdim=True)
+            factors, after = self.tau / squares.sqrt().clamp(min=self.tau), torch.empty_like(center)
+            for first in range(0, x.shape[1], BLOCK):
+                some = slice(first, first + BLOCK)
+                after[some] = center[some] + ((x[:, some].double() - center[some]) * factors).mean(0)
+            center = after
         return center
 
     def server(self, layout: Layout) -> Tensors:
@@ -261,9 +275,8 @@ class NormBound(RowRule):
         return f"NormBound({self.r!r}, {inner})"
 
     def prepared(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
-        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
-        scaled = x * (self.r / norms.clamp(min=self.r)).to(x)
-        return self.of.prepared(scaled, facts) if isinstance(self.of, RowRule) else scaled
+        bounded = _times(x, self.r / norms(x).clamp(min=self.r))
+        return self.of.prepared(bounded, facts) if isinstance(self.of, RowRule) else bounded
 
     def row_weights(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor | None:
         if isinstance(self.of, RowRule):
@@ -317,6 +330,11 @@ class Bucketing(RowRule):
                 "NormBound(r, Bucketing(s, rule)).",
                 f"Bucketing({self.s!r}, Median())",
             )
+
+    @property
+    def by_coordinate(self) -> bool:  # type: ignore[override]
+        """Whether the other rule is one by coordinate: buckets do not depend on the rows."""
+        return self.of.by_coordinate
 
     def least_rows(self) -> int:
         return (self.of.least_rows() - 1) * self.s + 1
@@ -495,18 +513,17 @@ class FLTrust(RowRule):
         return super().bind(population, chance)
 
     def prepared(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
-        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)
-        scale = torch.where(norms > 0, norms[self._trusted(x, facts)] / norms, 0.0)
-        return x * scale.to(x)
+        lengths = norms(x)
+        return _times(x, torch.where(lengths > 0, lengths[self._trusted(x, facts)] / lengths, 0.0))
 
     def row_weights(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
         trusted = self._trusted(x, facts)
         products = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        lengths = norms(x)[:, 0]
         for first in range(0, x.shape[1], BLOCK):
             some = x[:, first : first + BLOCK].double()
             products += some @ some[trusted]
-        trust = (products / (norms * norms[trusted])).nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+        trust = (products / (lengths * lengths[trusted])).nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
         trust[trusted] = 1
         weights: Tensor = trust / trust.sum()
         return weights
@@ -541,6 +558,19 @@ def takes_rows(rule: object) -> bool:
     return kind.rule is not RowRule.rule or kind.row_weights is not RowRule.row_weights
 
 
+def _times(x: Tensor, factors: Tensor) -> Tensor:
+    """Each row times its factor, in the dtype of x.
+
+    Args:
+        x: rows `[n, length]`.
+        factors: `[n, 1]`.
+    """
+    out, factors = row_memory((len(x), x.shape[1]), x.dtype, x.device), factors.to(x)
+    for first in range(0, x.shape[1], BLOCK):
+        torch.mul(x[:, first : first + BLOCK], factors, out=out[:, first : first + BLOCK])
+    return out
+
+
 def _means(x: Tensor, bucket: Tensor) -> Tensor:
     """The mean of the rows of each bucket, `[m, length]`; x itself if each bucket has one row in the order of rows.
 
@@ -553,7 +583,7 @@ def _means(x: Tensor, bucket: Tensor) -> Tensor:
         return x
     shares = torch.zeros(len(sizes), len(x), dtype=torch.float64, device=x.device)
     shares[bucket, torch.arange(len(x), device=x.device)] = 1.0 / sizes[bucket].double()
-    out = torch.empty(len(sizes), x.shape[1], dtype=torch.float64, device=x.device)
+    out = row_memory((len(sizes), x.shape[1]), torch.float64, x.device)
     for first in range(0, x.shape[1], BLOCK):
         out[:, first : first + BLOCK] = shares @ x[:, first : first + BLOCK].double()
     return out
@@ -578,7 +608,8 @@ def _by_scores(squares: Tensor, f: int, count: int) -> Tensor:
 def _mean_of_ranks(x: Tensor, first: int, end: int) -> Tensor:
     """The mean of the values of rank first, …, end − 1 in each column, float64 `[length]`.
 
-    The rows are sorted by a network of minima and maxima of whole rows: vectors, and no branch for each number.
+    The rows are sorted by a network of minima and maxima of whole rows: vectors, and no branch for each number. Native
+    code gives the same bits.
 
     Args:
         x: rows `[n, length]`.
@@ -586,6 +617,13 @@ def _mean_of_ranks(x: Tensor, first: int, end: int) -> Tensor:
     """
     out = torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
     pairs = _network(len(x), first, end)
+    native = serving("ranks", x) if _NATIVE and x.stride(-1) == 1 else None
+    if native is not None:
+        network, scratch = torch.tensor(pairs, dtype=torch.int32), x.new_empty(len(x), _COLUMNS)
+        at = [ctypes.c_void_p(t.data_ptr()) for t in (x, network, scratch, out)]
+        sizes = [ctypes.c_int64(size) for size in (*x.shape, x.stride(0), len(pairs), first, end)]
+        if not native.mean_of_ranks(at[0], *sizes[:3], at[1], *sizes[3:], *at[2:]):
+            return out
     for begin in range(0, x.shape[1], BLOCK):
         rows = list(x[:, begin : begin + BLOCK].clone().unbind())
         spare = torch.empty_like(rows[0])

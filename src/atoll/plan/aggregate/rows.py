@@ -6,8 +6,10 @@ Tests: tests/identities/test_robust.py, tests/identities/test_combine.py
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple, Self
 
 import torch
@@ -17,7 +19,9 @@ from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Part
 from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
+from atoll.compute import limits
 from atoll.compute.device import available
+from atoll.compute.file_memory import in_file, leave_memory
 from atoll.plan.aggregate.mean import Mean, PartialSum
 from atoll.plan.protocols import (
     Aggregator,
@@ -43,14 +47,20 @@ _NUMBERS = ("client", "repeat", "rows", "weights")
 class PartialRows(Partial):
     """Some means of some contributions as rows, and the sums of all their other values.
 
+    Rows on the CPU beyond `limits.ROW_BYTES` are in files without a name.
+
     Args:
         blocks: the rows in the order of arrival. A block has `means/NAME` `[K, length]`, and `client`, `repeat`,
             `rows` (the claimed number of rows) and `weights`, int64 `[K]`.
         rest: the sums of everything else.
+        files: the pages of the files.
+        filed: the number of blocks in files. They are the first ones.
     """
 
     blocks: list[Tensors] = field(default_factory=list)
     rest: PartialSum = field(default_factory=PartialSum)
+    files: list[mmap.mmap] = field(default_factory=list)
+    filed: int = 0
 
     def __len__(self) -> int:
         return sum(len(block["client"]) for block in self.blocks)
@@ -60,9 +70,25 @@ class PartialRows(Partial):
         """The names of the means that are kept as rows."""
         return sorted(without_prefix(self.blocks[0], "means/")) if self.blocks else []
 
+    def add(self, blocks: Sequence[Tensors], *, copied: bool) -> None:
+        """Add blocks of rows. If the rows in memory exceed the limit, a file receives them.
+
+        Args:
+            blocks: the blocks.
+            copied: whether no other part changes or reuses their memory.
+        """
+        here = [*self.blocks[self.filed :], *blocks]
+        if sum(t.nbytes for block in here for t in block.values() if t.is_cpu) > limits.ROW_BYTES:
+            joined, files = _joined(here, in_files=True)
+            self.blocks[self.filed :] = [joined]
+            self.files += files
+            self.filed += 1
+        else:
+            self.blocks += blocks if copied else [{n: t.clone() for n, t in block.items()} for block in blocks]
+
     def tensors(self) -> dict[str, Tensor]:
         """Convert the partial to named tensors, to send it to another process."""
-        rows = {n: torch.cat([block[n] for block in self.blocks]) for n in self.blocks[0]} if self.blocks else {}
+        rows = _joined(self.blocks)[0] if len(self.blocks) > 1 else dict(*self.blocks)
         return under("rows/", rows) | under("rest/", self.rest.tensors())
 
     @classmethod
@@ -77,7 +103,9 @@ class PartialRows(Partial):
         device = next((t.device for n, t in mine.items() if n not in _NUMBERS), torch.device("cpu"))
         theirs = [rows for rows in group.all_gather(mine) if rows]
         blocks: list[Tensors] = [{n: t if n in _NUMBERS else t.to(device) for n, t in rows.items()} for rows in theirs]
-        return PartialRows(blocks, rest)
+        out = PartialRows(rest=rest)
+        out.add(blocks, copied=True)
+        return out
 
     def places(self) -> list[Tensor]:
         """The row number of each row of each block in the order of (client, repeat), int64 `[K]` for each block."""
@@ -89,15 +117,50 @@ class PartialRows(Partial):
     def matrix(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The rows of a tensor in the order of (client, repeat), `[n, length]` or `[n]`, in their dtype or in `dtype`.
 
+        Beyond `limits.ROW_BYTES` its memory is a file.
+
         Args:
             name: `means/NAME`, `client`, `repeat`, `rows` or `weights`.
             dtype: the dtype of the result; None: that of the rows.
         """
         first = self.blocks[0][name]
-        out = torch.empty((len(self), *first.shape[1:]), dtype=dtype or first.dtype, device=first.device)
+        out = row_memory((len(self), *first.shape[1:]), dtype or first.dtype, first.device)
         for place, block in zip(self.places(), self.blocks, strict=True):
             out[place.to(out.device)] = block[name].to(out)
+        leave_memory(self.files)
         return out
+
+    def columns(self, name: str) -> Iterator[Tensor]:
+        """The rows of a mean in the order of (client, repeat), in blocks of columns `[n, ≤ BLOCK]`."""
+        first, places = self.blocks[0][name], self.places()
+        for start in range(0, max(1, first.shape[1]), BLOCK):
+            some = first.new_empty(len(self), min(BLOCK, first.shape[1] - start))
+            for place, block in zip(places, self.blocks, strict=True):
+                some[place.to(some.device)] = block[name][:, start : start + BLOCK]
+            leave_memory(self.files)
+            yield some
+
+
+def row_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for rows, not initialised; on the CPU and beyond `limits.ROW_BYTES` in a file."""
+    if device.type == "cpu" and prod(shape) * dtype.itemsize > limits.ROW_BYTES:
+        return in_file(shape, dtype)[0]
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _joined(blocks: Sequence[Tensors], *, in_files: bool = False) -> tuple[dict[str, Tensor], list[mmap.mmap]]:
+    """The rows of several blocks as one block. `in_files` gives each mean on the CPU a file, whose pages it returns."""
+    joined, files = dict[str, Tensor](), list[mmap.mmap]()
+    for name, first in blocks[0].items():
+        shape = (sum(len(block[name]) for block in blocks), *first.shape[1:])
+        if in_files and first.is_cpu and name.startswith("means/") and prod(shape):
+            joined[name], pages = in_file(shape, first.dtype)
+            files.append(pages)
+        else:
+            joined[name] = row_memory(shape, first.dtype, first.device)
+        torch.cat([block[name] for block in blocks], out=joined[name])
+    leave_memory(files)
+    return joined, files
 
 
 class RowFacts(NamedTuple):
@@ -129,6 +192,8 @@ class RowRule(Aggregator):
     _cohort: int = 0  # the expected number of clients in a round; 0: unknown
     _facts: RowFacts = NO_FACTS  # of the round
     by_client = False  # whether the rule needs to know which client a row is from
+    by_coordinate = False  # whether a coordinate of the result depends only on this coordinate of the rows
+    in_memory = False  # whether the rule needs all rows in memory
 
     def rule(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
         """The aggregate of the rows. The default is the weighted mean, with the weights of these rows.
@@ -212,25 +277,28 @@ class RowRule(Aggregator):
         """Add the rows of K contributions, in place.
 
         Raises:
-            UsageError: the rows of the round need more than half of the free memory.
+            UsageError: the rows need more than half of the free memory, and the rule or the device needs them there.
+            RunError: the disk has too little space for the rows.
         """
         kept = {n: t for n, t in contribution.means.items() if self.kept_as_rows(n)}
         others = {n: t for n, t in contribution.means.items() if n not in kept}
         partial.rest = self._mean.fold(partial.rest, contribution._replace(means=others), ids)
         if kept:
             count, held = len(ids.client), len(partial)
-            if not held or held + count > self._cohort:
+            device = next(iter(kept.values())).device
+            if (self.in_memory or device.type != "cpu") and (not held or held + count > self._cohort):
                 width = sum(t.shape[1] for t in kept.values())
-                self._check_memory(max(held + count, self._cohort), width, next(iter(kept.values())).device)
+                self._check_memory(max(held + count, self._cohort), width, device)
             weights = self.weigh(ids.client, contribution.weight)
             numbers = {"client": ids.client, "repeat": ids.repeat, "rows": contribution.weight, "weights": weights}
             rows = {**under("means/", kept), **numbers, **under("noted/", self.noted(contribution))}
-            partial.blocks.append({n: t.clone() for n, t in rows.items()})
+            partial.add([rows], copied=False)
         return partial
 
     def merge(self, a: PartialRows, b: PartialRows) -> PartialRows:
         """Add the rows and the sums of the partial `b` to the partial `a`, in place."""
-        a.blocks += b.blocks
+        a.blocks[:0], a.files, a.filed = b.blocks[: b.filed], a.files + b.files, a.filed + b.filed
+        a.add(b.blocks[b.filed :], copied=True)
         a.rest = self._mean.merge(a.rest, b.rest)
         return a
 
@@ -248,10 +316,14 @@ class RowRule(Aggregator):
         means, names = dict(total.means), partial.names
         facts = self._facts._replace(client=partial.matrix("client"))
         others = facts._replace(server=NOTHING)
-        updates = self.prepared(partial.matrix("means/update"), facts) if "update" in names else None
+        whole = "update" in names and not self.by_coordinate
+        updates = self.prepared(partial.matrix("means/update"), facts) if whole else None
         weights = None if updates is None else self.row_weights(updates, facts)
         for name in names:
-            if weights is not None:
+            if self.by_coordinate:
+                mine = facts if name == "update" else others
+                result = torch.cat([self.rule(some, mine) for some in partial.columns(f"means/{name}")])
+            elif weights is not None:
                 x = updates if name == "update" and updates is not None else partial.matrix(f"means/{name}")
                 result = weighted(weights, x)
             elif name == "update" and updates is not None:
