@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/data),)
 export ATOLL_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup demo test test-all sanitize check check-types check-style docs bench
+.PHONY: help setup demo test test-all sanitize check check-types check-style docs bench release
 .DEFAULT_GOAL := help
 
 help:
@@ -60,6 +60,9 @@ docs: .venv/.docs ## build the pages into docs/_build
 bench: .venv/.dev ## run the programs in benchmarks/, one after the other
 	@set -e; for file in benchmarks/*.py; do [ -f "$$file" ] || continue; echo "== $$file"; $(PY) "$$file"; done
 
+release: .venv/.release ## build sdist and wheel into dist/, check them, and use the wheel in a new environment
+	$(PY) tests/release.py
+
 # pip, not python, is the proof of a whole .venv: a Debian without python3-venv leaves one half made.
 .venv/bin/pip:
 	@$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { $(NO_PYTHON); exit 1; }
@@ -75,6 +78,10 @@ bench: .venv/.dev ## run the programs in benchmarks/, one after the other
 
 .venv/.docs: .venv/.core
 	$(PIP) -q -e '.[docs]'
+	@touch $@
+
+.venv/.release: .venv/.core
+	$(PIP) -q -e '.[release]'
 	@touch $@
 
 define NO_PYTHON
