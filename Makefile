@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/data),)
 export ATOLL_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup demo test test-all sanitize check check-types check-style docs bench release
+.PHONY: help setup demo test test-all sanitize check check-types check-style docs bench release setup-faces faces
 .DEFAULT_GOAL := help
 
 help:
@@ -60,6 +60,13 @@ docs: .venv/.docs ## build the pages into docs/_build
 bench: .venv/.dev ## run the programs in benchmarks/, one after the other
 	@set -e; for file in benchmarks/*.py; do [ -f "$$file" ] || continue; echo "== $$file"; $(PY) "$$file"; done
 
+setup-faces: .venv/.faces ## install the extras of the page, notebooks, trackers and Hugging Face, and playwright
+
+faces: .venv/.faces ## test them, with Chromium; write twelve pictures of the page to build/faces
+	$(PYTEST) -q tests/surface/test_browser.py tests/surface/test_notebook.py tests/surface/test_track.py tests/surface/test_sweep.py \
+		tests/surface/test_new.py tests/data/test_hub.py
+	$(PY) tests/faces.py build/faces
+
 release: .venv/.release ## build sdist and wheel into dist/, check them, and use the wheel in a new environment
 	$(PY) tests/release.py
 
@@ -78,6 +85,10 @@ release: .venv/.release ## build sdist and wheel into dist/, check them, and use
 
 .venv/.docs: .venv/.core
 	$(PIP) -q -e '.[docs]'
+	@touch $@
+
+.venv/.faces: .venv/.dev
+	$(PIP) -q -e '.[sweep,mlflow,tensorboard,wandb,hf,faces]'
 	@touch $@
 
 .venv/.release: .venv/.core

@@ -1,6 +1,6 @@
 """Build the sdist and the wheel, check them, and use the wheel in a new environment outside of the repository.
 
-    python tests/release.py          `make release`; a package index with the dependencies must be reachable
+python tests/release.py          `make release`; a package index with the dependencies must be reachable
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def facts(wheel: Path) -> list[str]:
     strange = [n for n in sizes if n.split("/")[0] != "atoll" and ".dist-info/" not in n]
     strange += [n for n in sizes if re.search(r"(^|/)(tests?|__pycache__)/|\.(so|pyc)$", n)]
     require(not strange, f"the wheel contains only the package: {strange}")
-    require(not [n for n in NEEDED if n not in sizes] and bool(sources), "the wheel contains the page and the C sources")
+    require(
+        not [n for n in NEEDED if n not in sizes] and bool(sources), "the wheel contains the page and the C sources"
+    )
     require(any(n.endswith(".dist-info/licenses/LICENSE") for n in sizes), "the wheel contains the licence")
     require(version is not None and f"\nVersion: {version[1]}\n" in metadata, "one version")
     require("\n# atoll\n" in metadata, "the long description is the README")
@@ -87,7 +89,9 @@ def use(wheel: Path, folder: Path) -> list[str]:
     work.mkdir()
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "ATOLL"))}
     variables["ATOLL_CACHE"] = str(folder / "cache")
-    run(python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel), cwd=folder, env=variables)
+    run(
+        python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel), cwd=folder, env=variables
+    )
     for names in NEIGHBOURS:  # only the metadata are downloaded
         print(f"next to {' and '.join(names)}", flush=True)
         run(python, "-m", "pip", "install", "-q", "--dry-run", str(wheel), *names, cwd=folder, env=variables)
@@ -107,7 +111,18 @@ def use(wheel: Path, folder: Path) -> list[str]:
     require(bool(built), "the C code was built")
     command("run", "--data", "wine", "--clients", "3", "--rounds", "2", "--quiet")
     require(built == sorted(f.name for f in (folder / "cache").rglob("*.so")), "the C code was built once")
-    command("run", "--data", "wine", "--clients", "3", "--rounds", "2", "--quiet", CC="absent", ATOLL_CACHE=str(folder / "none"))
+    command(
+        "run",
+        "--data",
+        "wine",
+        "--clients",
+        "3",
+        "--rounds",
+        "2",
+        "--quiet",
+        CC="absent",
+        ATOLL_CACHE=str(folder / "none"),
+    )
     rows = "\n".join(",".join("1" for _ in range(13)) for _ in range(3))
     (work / "rows.csv").write_text(f"{heads(work)}\n{rows}\n")
     answer = command("predict", "latest", "rows.csv")

@@ -74,6 +74,19 @@ def test_no_slow_import(answers, place):
     assert text in output
 
 
+def test_the_import_of_the_package_is_fast():
+    """At most .05 s of CPU; the fastest of three, because other processes disturb the caches of the processor."""
+    code = (
+        "import sys, time; t = time.process_time(); import atoll; print(time.process_time() - t); print(*sys.modules)"
+    )
+    done = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    seconds, modules = zip(*(each.stdout.splitlines() for each in done), strict=True)
+    loaded = {name.partition(".")[0] for name in modules[0].split()}
+    extras = {"matplotlib", "transformers", "datasets", "mlflow", "tensorboardX", "wandb", "optuna", "ray", "pandas"}
+    assert not loaded & (extras | {"torch", "numpy", "aiohttp", "msgspec", "sklearn"})
+    assert min(map(float, seconds)) <= 0.05
+
+
 def test_the_lists_are_the_tables():
     """The names that are checked without torch are the names of the tables."""
     assert set(known_names.DATA_SETS) == set(NAMED)

@@ -196,9 +196,11 @@ def _cell(row: Row, name: str, form: object) -> str:
 
 
 def _figure(drawing: Drawing) -> Html:
-    return html_element(
-        "figure", Html(svg(drawing, 0 if drawing.wide else 340, style=False)), class_="wide" if drawing.wide else "half"
-    )
+    picture = Html(svg(drawing, 0 if drawing.wide else 340, style=False))
+    if not drawing.wide:
+        return html_element("figure", picture, class_="half")
+    # On a phone it scrolls, so that a key must reach it.
+    return html_element("figure", picture, class_="wide", tabindex=0, aria_label=drawing.name)
 
 
 def _gallery(drawings: Sequence[Drawing], federation: Federation | None) -> Html | None:

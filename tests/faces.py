@@ -1,0 +1,56 @@
+"""Twelve pictures of the page: four runs, each in light, in dark and on a phone. They need playwright and Chromium.
+
+python tests/faces.py [FOLDER]          `make faces` writes them to build/faces
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RUNS = {
+    "demo": ["--baselines", "--rounds", "20", "--clients", "30"],
+    "heart": ["--data", "heart", "--model", "softmax", "--baselines", "--rounds", "20"],
+    "asynchronous": [
+        *("--recipe", "fedbuff(lr=0.3, cohort=10, k=5)", "--clients", "30", "--rounds", "30"),
+        *("--fleet", "Fleet(HalfNormal(), dropout=0.05)"),
+    ],
+    "failing": ["--recipe", "fedavg(lr=1e4, batch=10)", "--clients", "20", "--rounds", "20"],
+}
+VIEWS = {"light": ("light", 1440), "dark": ("dark", 1440), "phone": ("light", 390)}
+
+
+def main(folder: Path) -> int:
+    from playwright.sync_api import sync_playwright
+
+    folder.mkdir(parents=True, exist_ok=True)
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
+        atoll = [sys.executable, "-m", "atoll"]
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for run, words in RUNS.items():
+            out = str(Path(name) / run)
+            subprocess.run([*atoll, "run", *words, "--quiet", "--out", out], env=os.environ, check=run != "failing")
+            command = [*atoll, "ui", "latest", "--out", out, "--json", "--no-open"]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+                url = json.loads(server.stdout.readline())["url"] if server.stdout else ""
+                for view, (scheme, width) in VIEWS.items():
+                    page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+                    page.goto(url)
+                    page.locator(".tiles div").first.wait_for()
+                    page.wait_for_timeout(500)
+                    page.screenshot(path=folder / f"{run}-{view}.png", full_page=True)
+                    page.close()
+                server.terminate()
+        browser.close()
+    print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/faces")))
