@@ -19,7 +19,7 @@ from cryptography import x509
 from atoll.net import identity, wire
 from atoll.net.client import BACKENDS, own_versions
 from atoll.net.home import ServerHome
-from atoll.net.loop import loop_factory
+from atoll.net.loop import run_loop
 
 ROWS = 100
 
@@ -149,9 +149,7 @@ class Load:
 
 def serve_load(pipe, make, length: int) -> None:
     """Run clients in this process. Commands: status, hold, release, cpu, stop."""
-    runner = asyncio.Runner(loop_factory=loop_factory())
-    with runner:
-        runner.run(_follow(pipe, make, length))
+    run_loop(_follow(pipe, make, length))
 
 
 async def _follow(pipe, make, length: int) -> None:

@@ -17,7 +17,7 @@ from atoll.net.client import own_versions
 from atoll.net.coordinator import Coordinator, Limits
 from atoll.net.engine import ServerEngine
 from atoll.net.home import ServerHome
-from atoll.net.loop import loop_factory
+from atoll.net.loop import run_loop
 from atoll.net.rounds import RoundStore
 from atoll.net.server import Listener
 from atoll.net.spec import Server
@@ -170,9 +170,7 @@ def real(pipe: Any, home: Path, settings: dict[str, str], block: int, spec: dict
 
 def echo(pipe: Any, folder: Path, down: int, up: int) -> None:
     """Bare asyncio TLS: in a round each client receives `down` bytes and answers `up`. Commands: a number, stop."""
-    runner = asyncio.Runner(loop_factory=loop_factory())
-    with runner:
-        runner.run(_echo(pipe, folder, down, up))
+    run_loop(_echo(pipe, folder, down, up))
 
 
 async def _echo(pipe: Any, folder: Path, down: int, up: int) -> None:

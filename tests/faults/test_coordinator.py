@@ -11,6 +11,7 @@ from atoll.net import coordinator as co
 from atoll.net import spec, wire
 from atoll.net.coordinator import Coordinator, Limits
 from atoll.net.engine import ServerEngine
+from atoll.net.server import Listener
 from atoll.net.wire import Lease, chain_link, digest
 
 INPUT = wire.Blob(HASH, 10)
@@ -195,6 +196,21 @@ def test_progress_renews_a_lease_and_an_unknown_work_is_cancelled():
     assert messages(out, wire.Cancel) and receipts(s.update(1, 5, lease=Lease(7, 1))) == [(5, "late")]
 
 
+def test_signs_of_life_renew_a_lease_for_a_limited_time_in_an_open_run():
+    s, closed = Server(absent_s=0.0, work_s=300.0), Server(work_s=300.0)
+    for it in (s, closed):
+        it.join(1)
+        it.assign(1, 5)
+        for step in range(5):
+            assert not of(it.do(co.Tick(), after=50), co.Failed)
+            it.say(1, wire.Progress(id_of(5), step))
+    (failed,) = of(s.do(co.Tick(), after=50), co.Failed)
+    assert failed.code == "expired" and "300 s" in failed.reason and "signs of life" in failed.reason
+    for _ in range(20):
+        closed.say(1, wire.Progress(id_of(5), 9))
+        assert not of(closed.do(co.Tick(), after=50), co.Failed), "a closed run waits"
+
+
 def test_a_closed_run_asks_again_after_a_lease_and_never_gives_up():
     s = Server()
     s.join(1)
@@ -288,6 +304,21 @@ def test_a_contribution_is_received_after_it_is_folded_and_settled_after_the_com
     for event in (co.Folded(id_of(5)), co.Committed((id_of(5),)), co.Rejected(id_of(5))):
         with pytest.raises(ValueError):
             s.do(event)
+
+
+def test_a_receipt_is_left_out_if_the_round_is_committed_before_the_loop_wakes(tmp_path):
+    s = Server()
+    s.join(1)
+    net = Listener(tmp_path, SimpleNamespace(directory=lambda: None), None, s.it)
+    for n, happened in ((5, (co.Folded(id_of(5)), co.Committed((id_of(5),)))), (6, (co.Folded(id_of(6)),))):
+        s.assign(1, n)
+        s.update(1, n)
+        for event in happened:
+            net.post(event)
+        assert not net._outward
+        net.handle()
+        out, net._outward = net._outward, []
+        assert [type(m) for m in messages(out, object)] == [wire.Settled if n == 5 else wire.Receipt]
 
 
 def test_equal_bytes_get_the_equal_receipt_and_other_bytes_a_conflict():

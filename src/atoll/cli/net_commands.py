@@ -179,7 +179,10 @@ def _split(flags: ExperimentFlags) -> tuple[dict[str, str], str | None, Experime
 
 
 def _net_settings(given: Mapping[str, str]) -> dict[str, Any]:
-    known: dict[str, Any] = {**dict.fromkeys(("absent_s", "lease_s", "step_s", "keys_s"), float), "max_rows": int}
+    known: dict[str, Any] = {
+        **dict.fromkeys(("absent_s", "lease_s", "work_s", "step_s", "keys_s"), float),
+        "max_rows": int,
+    }
     known["share"] = _switch
     out: dict[str, Any] = {}
     for key, text in given.items():

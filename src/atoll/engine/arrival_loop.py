@@ -101,7 +101,6 @@ class ArrivalLoop:
     def _start(self) -> None:
         begun = self._round.start_missing()
         for flight, down in zip(begun, self._downlink.to([f.client for f in begun]), strict=True):
-            self._round.sent(flight, down)
-            self._send(flight._replace(down=down))
+            self._send(self._round.sent(flight, down))
             self._sent += down
         self._started += len(begun)

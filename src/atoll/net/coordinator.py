@@ -31,6 +31,8 @@ or it learns the end by `Failed`.
   the client are sent again under new leases, because the client drops the later messages of its chain.
 - Only works of the kind "round" form chains and belong to a transaction. A contribution of another kind is settled as
   soon as it is folded: after a restart the server asks for it again.
+- Signs of life renew a lease for `work_s` at most, so that an open run does not wait for ever for a client that
+  computes nothing. A closed run without `absent_s` waits.
 - A closed run waits for an absent client (`absent_s = None`). An open run fails its works once their leases expire
   (`absent_s = 0`). A client that is not present has the time of a lease to return.
 - The masked contribution of a secure sum moves the memory only with its commit: an attempt without a sum is withdrawn,
@@ -44,9 +46,11 @@ Tests: tests/faults/test_coordinator.py, tests/faults/test_simulator.py
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from msgspec.structs import replace
@@ -399,6 +403,7 @@ class Limits:
     Args:
         lease_s: seconds of a lease without a sign of life.
         absent_s: seconds after which a work of an absent or silent client fails; None: never.
+        work_s: seconds after which a work fails although its client gives signs of life, if absent clients fail.
         hello_s: seconds from the opening of a channel to `Hello`.
         stall_s: seconds of a granted upload without progress.
         window: bytes of granted uploads, until they are folded; one upload is always granted.
@@ -409,6 +414,7 @@ class Limits:
 
     lease_s: float = 60.0
     absent_s: float | None = None
+    work_s: float = 86400.0
     hello_s: float = 10.0
     stall_s: float = 10.0
     window: int = 256 << 20
@@ -429,6 +435,7 @@ class _Open:
     order: Assigned
     state: WorkState = "waiting"
     expires: float = 0.0  # of the lease
+    ends: float | None = None  # the time after which no sign of life renews the lease; None before the first lease
     fails: float | None = None  # the time at which an absent or silent client fails, and why
     fault: tuple[str, str] = ("", "")
     digest: bytes | None = None
@@ -811,22 +818,36 @@ class Coordinator:
 
     def _renew(self, c: _Client, open: _Open) -> None:
         """Begin a lease, or extend it after a sign of life."""
-        open.state, open.fails, open.expires = "leased", None, self._now + self.limits.lease_s
+        if open.ends is None:
+            open.ends = self._now + self.limits.work_s if self.limits.absent_s is not None else math.inf
+        open.state, open.fails = "leased", None
+        open.expires = min(self._now + self.limits.lease_s, open.ends)
         if not open.lease_armed:
-            open.lease_armed = True
-            self._at(open.expires, lambda: self._lease_timer(c, open))
+            self._arm_lease(open)
 
-    def _lease_timer(self, c: _Client, open: _Open) -> None:
+    def _arm_lease(self, open: _Open) -> None:
+        # The timer outlives the work, so it knows its name only: the work contains a model.
+        open.lease_armed = True
+        self._at(open.expires, partial(self._lease_timer, open.id))
+
+    def _lease_timer(self, work: bytes) -> None:
+        c = self._owner.get(work)
+        if c is None:
+            return None
+        open = c.works[work]
         open.lease_armed = False
-        if open.state != "leased" or c.works.get(open.id) is not open:
-            return
+        if open.state != "leased":
+            return None
         if open.upload is not None and not open.reserved:
             open.expires = self._now + self.limits.lease_s  # it waits for its grant: the time begins with the grant
+            open.ends = max(open.ends or 0.0, open.expires)
         if open.expires > self._now:
-            open.lease_armed = True
-            return self._at(open.expires, lambda: self._lease_timer(c, open))
+            return self._arm_lease(open)
         self._out.append(Noted(c.id, "expired", open.id))
         open.state = "expired"
+        if open.ends is not None and open.ends <= self._now:
+            reason = f"No contribution within {self.limits.work_s:g} s, although the client gave signs of life."
+            return self._fail(c, open, "expired", reason)
         if self.limits.absent_s is None and c.stage == "ready":
             # The message or its answer can be lost while the channel stays open; the client knows the work if not.
             return self._offer(c, open)

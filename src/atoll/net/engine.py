@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
-from safetensors.torch import save
 
 from atoll import models
 from atoll.base.errors import RunError, UsageError
@@ -41,11 +40,11 @@ from atoll.net.coordinator import Coordinator, Limits
 from atoll.net.home import ServerHome
 from atoll.net.identity import Files
 from atoll.net.loop import ended_at_exit
-from atoll.net.rounds import storable
 from atoll.net.secure import SumOutcome, SumRound, agreement_of
-from atoll.net.server import Listener
+from atoll.net.server import TOGETHER, Listener
 from atoll.net.spec import Server
 from atoll.net.store import Accepted
+from atoll.net.tensors import tensor_bytes
 from atoll.net.terms import Terms, layout_hash, plan_text
 from atoll.plan.aggregate import Attacked, Mean
 from atoll.plan.form import MessageError
@@ -59,8 +58,6 @@ from atoll.plan.state import State, pack_broadcast
 from atoll.secure.messages import MASKED, longest_bodies
 from atoll.secure.params import Agreement
 
-_TOGETHER = 4 << 20  # bytes of messages that are folded in one call; a longer message is folded alone and in place
-_COLLECT_S = 0.01  # seconds in which further messages are awaited before a fold
 _ABSENT = ("absent", "expired", "left", "closing")
 
 
@@ -110,6 +107,7 @@ class ServerEngine(Engine):
         self._population = Population(0, torch.empty(0, dtype=torch.int64))
         self._present: dict[int, int] = {}
         self._rows: dict[int, int] = {}
+        self._new_rows = True  # the population was made before the last change of the rows
         self._assigned: dict[bytes, _Sent] = {}
         self._starting: list[events.Assigned] = []  # works of flights that begin together
         self._versions: dict[int, _Version] = {}
@@ -166,7 +164,7 @@ class ServerEngine(Engine):
         self.epoch = epoch = database.begin_epoch(int(time.time()))
         open_run = spec.clients is None
         absent = spec.absent_s if spec.absent_s is not None or not open_run else 0.0
-        limits = Limits(lease_s=spec.lease_s, absent_s=absent, window=spec.window, max_rows=spec.max_rows)
+        limits = Limits(spec.lease_s, absent, spec.work_s, window=spec.window, max_rows=spec.max_rows)
         coordinator = Coordinator(epoch, database.federation, own_versions(), limits)
         files = Files.read(*spec.files) if spec.files is not None else None
         self._net = Listener(self.home.path, database, self.home.authority, coordinator, spec.hosts, files)
@@ -196,7 +194,7 @@ class ServerEngine(Engine):
         known = {c.id: (c.rows, c.held or 0) for c in database.clients() if c.rows and c.input == blob.hash}
         if self.spec.clients is None or len(known) < self.spec.clients:
             known = {} if self.spec.clients is not None else known
-        self._rows = {client: rows for client, (rows, _) in known.items()}
+        self._rows, self._new_rows = {client: rows for client, (rows, _) in known.items()}, True
         self._held = {client: held for client, (_, held) in known.items()}
         self._populate()
         split, clients = self.spec.split, self.spec.clients
@@ -298,13 +296,18 @@ class ServerEngine(Engine):
 
     def _populate(self) -> None:
         """Make the population from the rows that are known."""
-        if not self._rows or (self.spec.clients is not None and len(self._rows) < self.spec.clients):
+        if (
+            not self._new_rows
+            or not self._rows
+            or (self.spec.clients is not None and len(self._rows) < self.spec.clients)
+        ):
             return
         sizes = torch.zeros(max(self._rows) + 1, dtype=torch.int64)
         for client, rows in self._rows.items():
             sizes[client] = rows
         if self._population.clients != len(sizes) or not torch.equal(self._population.sizes, sizes):
             self._population = Population(len(sizes), sizes, self._population.version + 1)
+        self._new_rows = False
 
     def gather(self, plan: Plan, state: State, cohort: Cohort, key: Key, keep: Collection[int] = ()) -> Gathered:
         """Send the work of a round and fold the messages that arrive.
@@ -424,7 +427,7 @@ class ServerEngine(Engine):
         """Send `Settled` for the contributions of a round that is on disk."""
         works, self._folded = tuple(self._folded), []
         if works:
-            self.net.handle(events.Committed(works))
+            self.net.post(events.Committed(works))  # it travels with the work of the next round, or with the end
 
     def interrupt(self) -> None:
         """End the open round at the latest after `drain` seconds."""
@@ -616,9 +619,9 @@ class ServerEngine(Engine):
 
     def _packed(self, model: Broadcast) -> _Version:
         """The bytes of a broadcast without its frozen tensors."""
-        data = save(storable({n: t for n, t in pack_broadcast(model).items() if not n.startswith("fixed/")}))
+        data = tensor_bytes({n: t for n, t in pack_broadcast(model).items() if not n.startswith("fixed/")})
         frozen = model.model.fixed
-        fixed = self.net.offer(save(storable({f"fixed/{n}": t for n, t in frozen.items()}))) if frozen else None
+        fixed = self.net.offer(tensor_bytes({f"fixed/{n}": t for n, t in frozen.items()})) if frozen else None
         if len(data) <= wire.MAX_INLINE:
             return _Version(data, wire.digest(data), fixed)
         blob = self.net.offer(data)
@@ -633,7 +636,8 @@ class ServerEngine(Engine):
             else:
                 self._act(action)
         works, self._assigned = tuple(self._assigned), {}
-        self.net.handle(*([events.Withdrawn(works)] if works else ()), *late)  # a late message is not an invalid one
+        if works or late:  # a late message is not an invalid one
+            self.net.handle(*([events.Withdrawn(works)] if works else ()), *late)
 
     # arrivals
 
@@ -642,12 +646,17 @@ class ServerEngine(Engine):
         starting, self._starting = self._starting, []
         self.net.handle(*starting)
         self.awaited = tuple(sorted(sent.flight.client for sent in self._assigned.values()))
-        self._take(left)
+        self.net.awaits = len(self._assigned)
+        try:
+            self._take(left)
+        finally:
+            self.net.awaits = 0
         landed, self._landed = self._landed, []
         return landed
 
     def _take(self, left: float | None) -> None:
         """Wait for at least one action of the coordinator, at most `left` seconds, and carry out all that are there."""
+        self.net.handle()
         limits = [t for t in (left, None if self.stop_at is None else self.stop_at - time.monotonic()) if t is not None]
         try:
             arrived = self._arrived(time.monotonic() + max(0.0, min(limits)) if limits else None)
@@ -663,41 +672,24 @@ class ServerEngine(Engine):
         self._fold_all(messages)
 
     def _arrived(self, until: float | None) -> list[Any]:
-        """The actions of the coordinator. Messages are collected for a moment: one fold of many is cheaper.
+        """The actions of the coordinator.
 
         Raises:
             queue.Empty: there was none until this time.
         """
-        inbox, arrived = self.net.inbox, _drained(self.net.inbox)
-        collected = self._collected(arrived)
-        if arrived and collected is None:
-            return arrived
-        with lend_generators():  # clients in other threads of this process compute meanwhile
-            if not arrived:
-                arrived = [inbox.get(timeout=None if until is None else max(0.0, until - time.monotonic()))]
-                arrived += _drained(inbox)
-                collected = self._collected(arrived)
-            end = time.monotonic() + _COLLECT_S if until is None else min(until, time.monotonic() + _COLLECT_S)
-            while collected is not None and collected < _TOGETHER and (left := end - time.monotonic()) > 0:
-                try:
-                    arrived.append(inbox.get(timeout=left))
-                except queue.Empty:
-                    break
-                arrived += _drained(inbox)
-                collected = self._collected(arrived)
+        arrived = _drained(self.net.inbox)
+        if not arrived:
+            with lend_generators():  # clients in other threads of this process compute meanwhile
+                arrived = [self.net.inbox.get(timeout=None if until is None else max(0.0, until - time.monotonic()))]
+                arrived += _drained(self.net.inbox)
         return arrived
-
-    def _collected(self, arrived: Sequence[Any]) -> int | None:
-        """The bytes of the messages among these actions, if the round awaits more; else None."""
-        sizes = [len(action.body) for action in arrived if isinstance(action, events.Deliver)]
-        return sum(sizes) if self._sums is None and 0 < len(sizes) < len(self._assigned) else None
 
     def _act(self, action: Any) -> None:
         match action:
             case events.Present(client=client, rows=rows, held=held):
                 self._present[client], self._held[client] = rows, held
                 if self._rows.get(client) != rows:
-                    self._rows[client] = rows
+                    self._rows[client], self._new_rows = rows, True
                     self.home.database.record_rows(client, rows, held, self._hashes[0])
                 self.notify({"event": "present", "client": client, "rows": rows})
                 if self._sums is not None:
@@ -816,7 +808,7 @@ class ServerEngine(Engine):
             while group:
                 some = [group.pop()]
                 size = len(some[0].body)
-                while group and (size := size + len(group[-1].body)) <= _TOGETHER:
+                while group and (size := size + len(group[-1].body)) <= TOGETHER:
                     some.append(group.pop())
                 self._fold_or_reject(some)
 
@@ -841,10 +833,10 @@ class ServerEngine(Engine):
         fold = required(self._fold, "open round")
         flights = [self._assigned[message.work].flight for message in group]
         decoded = decode_contribution(plan, form.from_bytes([message.body for message in group]))
-        rows = self.population.sizes[[flight.client for flight in flights]]
+        ids = Ids(torch.tensor([f.client for f in flights]), torch.tensor([f.again for f in flights]))
+        rows = self.population.sizes[ids.client]
         if not torch.equal(decoded.weight, rows):
             raise MessageError("Message: the weight differs from the number of rows.", "the rows of the client.")
-        ids = Ids(torch.tensor([f.client for f in flights]), torch.tensor([f.again for f in flights]))
         up = torch.tensor([len(message.body) for message in group])
         down = torch.tensor([flight.down for flight in flights])
         good, _ = fold.add(flights[0].version, ids, down, up, decoded)
@@ -860,7 +852,8 @@ class ServerEngine(Engine):
             start = flight.client, flight.version, flight.again
             self._accepted.append(Accepted(*start, message.work, message.after, message.digest, weight))
             ends.append(events.Folded(message.work))
-        self.net.handle(*ends)
+        short = max(len(message.body) for message in group) <= wire.MAX_INLINE
+        (self.net.post if short else self.net.handle)(*ends)  # a long one frees its part of the window
 
     def _reject(self, message: events.Deliver, cause: str) -> None:
         self.notify(

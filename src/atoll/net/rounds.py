@@ -1,6 +1,9 @@
 """The commits of a run in the database of its federation: one transaction a round.
 
-Tests: tests/faults/test_rehearsal.py
+The state contains the model, so a round whose model is the best one writes it once: the state is then the best model
+too. Its blob is kept as the best model after that round.
+
+Tests: tests/faults/test_rehearsal.py, tests/faults/test_state_on_disk.py
 """
 
 from __future__ import annotations
@@ -9,12 +12,15 @@ import json
 import time
 from collections.abc import Callable, Mapping
 
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from atoll.net.store import SMALL_STATE, Accepted, Database, RoundCommit
+from atoll.net.tensors import tensor_parts
 from atoll.net.wire import Blob, digest
 from atoll.runs.folder import Checkpoint
+
+_OF_MODEL = ("model/", "counters/", "fixed/")  # the tensors of a state that `atoll.runs.checkpoint` reads as a model
 
 
 class RoundStore:
@@ -24,15 +30,21 @@ class RoundStore:
         database: the database of the federation.
         run: returns the name of the run.
         accepted: returns the contributions of the round that ends.
+        attempts: whether a round can have several attempts, as that of a secure sum.
     """
 
     def __init__(
-        self, database: Database, run: Callable[[], str], accepted: Callable[[], tuple[Accepted, ...]]
+        self,
+        database: Database,
+        run: Callable[[], str],
+        accepted: Callable[[], tuple[Accepted, ...]],
+        attempts: bool = True,
     ) -> None:
-        self._database, self._run, self._accepted = database, run, accepted
+        self._database, self._run, self._accepted, self._attempts = database, run, accepted, attempts
         self._last = -1
         self.seconds = 0.0  # of the last commit
-        self._best: tuple[bytes, Blob | None] = (b"", None)
+        self._best: Mapping[str, Tensor] = {}
+        self._best_blob: Blob | None = None
 
     def save(self, checkpoint: Checkpoint, lines: Mapping[str, bytes]) -> None:
         """Commit the state after a round."""
@@ -40,28 +52,44 @@ class RoundStore:
         if round <= self._last:
             return  # the end of a run saves the state of its last round again
         began = time.perf_counter()
-        state = save(storable(checkpoint.tensors))
         if checkpoint.best is not None:
-            self._best = save(storable(checkpoint.best)), None
-        best, blob = self._best
-        small = len(state) + len(best) + 64 <= SMALL_STATE
+            self._best, self._best_blob = checkpoint.best, None
+        # The best model of this round consists of tensors of the state.
+        shared = bool(self._best) and all(checkpoint.tensors.get(n) is t for n, t in self._best.items())
+        state, best = tensor_parts(checkpoint.tensors), [] if shared or not self._best else tensor_parts(self._best)
+        length = _length(best)
+        small = _length(state) + length + 64 <= SMALL_STATE
         blobs: tuple[Blob, ...] = ()
-        if not small:
-            blob = blob or (self._database.put_blob([best]) if best else None)
-            self._best = best, blob
-            blobs = (self._database.put_blob([state]), *((blob,) if blob else ()))
-        pointer = json.dumps({"facts": checkpoint.facts, "best": len(best)}, default=str).encode()
-        rows = [json.loads(line) for line in lines.get("metrics.jsonl", b"").splitlines()]
-        events = tuple(json.loads(line) for line in lines.get("events.jsonl", b"").splitlines())
-        model = digest(checkpoint.tensors["model/theta"].detach().cpu().contiguous().numpy().data)
-        whole = (state + best) if small else None
-        accepted = self._accepted()
-        run = self._run()
-        place, _, attempt = (self._database.get("attempt") or "").rpartition(" ")
-        last = int(attempt) if place == f"{run} {round}" else 0
-        commit = RoundCommit(run, round, model, pointer, whole, blobs, accepted, rows[-1], events, last)
+        if small:
+            self._best_blob = None  # the blob of an earlier round is removed
+        else:
+            blobs = self._blobs(state, best, shared)
+        pointer = json.dumps({"facts": checkpoint.facts, "best": length, "shared": shared}, default=str).encode()
+        row = lines.get("metrics.jsonl", b"").splitlines()[-1].decode()
+        events = tuple(line.decode() for line in lines.get("events.jsonl", b"").splitlines())
+        (model,) = tensor_parts({"": checkpoint.tensors["model/theta"]})[1:]
+        whole, run = b"".join([*state, *best]) if small else None, self._run()
+        commit = RoundCommit(
+            run, round, digest(model), pointer, whole, blobs, self._accepted(), row, events, self._attempt(run, round)
+        )
         self._database.commit_round(commit)
         self._last, self.seconds = round, time.perf_counter() - began
+
+    def _blobs(self, state: list[bytes | memoryview], best: list[bytes | memoryview], shared: bool) -> tuple[Blob, ...]:
+        """Write the state, and the best model if no blob has it. Returns the blobs of the round."""
+        made = self._database.put_blob(state)
+        if shared:
+            self._best_blob = made
+        elif best and self._best_blob is None:
+            self._best_blob = self._database.put_blob(best)
+        return (made,) if self._best_blob in (None, made) else (made, self._best_blob)
+
+    def _attempt(self, run: str, round: int) -> int:
+        """The number of the last attempt of a round."""
+        if not self._attempts:
+            return 0
+        place, _, attempt = (self._database.get("attempt") or "").rpartition(" ")
+        return int(attempt) if place == f"{run} {round}" else 0
 
     def load(self) -> Checkpoint | None:
         """The last committed state."""
@@ -74,10 +102,13 @@ class RoundStore:
             state, best = found.state[: len(found.state) - length], found.state[len(found.state) - length :]
         else:
             state = self._database.read_blob(found.blobs[0])
-            best = self._database.read_blob(found.blobs[1]) if length else b""
+            best = self._database.read_blob(found.blobs[1]) if len(found.blobs) > 1 else b""
         self._last = found.round
-        self._best = best, (found.blobs[1] if len(found.blobs) > 1 else None)
-        return Checkpoint(load(state), (), load(best) if length else None, pointer["facts"])
+        tensors = load(state)
+        known = tensors if pointer.get("shared") else load(best) if best else {}
+        self._best = {n: t for n, t in known.items() if n.startswith(_OF_MODEL)} or known
+        self._best_blob = found.blobs[-1] if found.blobs and self._best else None
+        return Checkpoint(tensors, (), self._best or None, pointer["facts"])
 
     def log(self, name: str) -> bytes:
         """All committed lines of a log."""
@@ -85,13 +116,5 @@ class RoundStore:
         return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
-def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in CPU memory that share no storage, in the order of their names, as safetensors needs them."""
-    out, seen = {}, set[int]()
-    for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        place = t.untyped_storage().data_ptr()
-        whole = t.untyped_storage().nbytes() == t.numel() * t.element_size()
-        out[name] = t if whole and place not in seen else t.clone()
-        seen.add(place)
-    return out
+def _length(parts: list[bytes | memoryview]) -> int:
+    return sum(map(len, parts))

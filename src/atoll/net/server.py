@@ -48,6 +48,8 @@ PING_S = 20.0
 MAX_TRIES = 10  # failed enrolments of one address in a minute
 MAX_QUEUED = 4 << 20  # bytes that wait for a client that does not read
 PIECE = 1 << 18
+TOGETHER = 4 << 20  # bytes of contributions that are folded in one call
+COLLECT_S = 0.01  # seconds in which a contribution waits for others of its round
 HEAD_S = 10.0  # from the opening of a connection to the end of its first request's head, also for the handshake
 BODY_S = 10.0  # in which the body of an enrolment arrives, and at least `FLOOR` bytes of an upload
 FLOOR = 10 << 10
@@ -118,7 +120,12 @@ class Listener:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._wakes: asyncio.Event | None = None
+        self.awaits = 0  # the contributions that the round still awaits, if they may be delivered together
+        self._gathered = 0  # the bytes of the contributions in `_inward`
+        self._urgent = False  # whether `_inward` has another action
+        self._collecting: asyncio.TimerHandle | None = None
         self._inward: list[Any] = []  # actions of the training that are not in the inbox yet
+        self._posted: list[Any] = []  # events of the training that the coordinator has not received yet
         self._outward: list[Any] = []  # actions of the loop that the thread of the training has caused
         self._flushes = self._checked = False
         self._planned = 0.0
@@ -170,20 +177,40 @@ class Listener:
         if wakes and self._loop is not None:
             self._loop.call_soon_threadsafe(self._carry_posted)
 
+    def post(self, *happened: Any) -> None:
+        """Pass events of the training with the next call of `handle`, without a wake of the loop for them.
+
+        An event of the loop takes them too, so they wait for a second at most.
+        """
+        with self._lock:
+            self._posted += happened
+
     def _decide(self, happened: Sequence[Any]) -> list[Any]:
         """The actions of the loop for events. Those of the training wait for `_deliver`. The caller holds the lock."""
         mine: list[Any] = []
         now = time.monotonic()
-        for event in happened:
+        posted, self._posted = self._posted, []
+        for event in (*posted, *happened):
             for action in self.coordinator.handle(event, now):
-                (mine if isinstance(action, _LOOP) else self._inward).append(action)
-        return mine
+                if isinstance(action, _LOOP):
+                    mine.append(action)
+                    continue
+                self._inward.append(action)
+                if isinstance(action, events.Deliver):
+                    self._gathered += len(action.body)
+                else:
+                    self._urgent = True
+        return _without_settled(mine) if posted else mine
 
     def _deliver(self) -> None:
         """Put the actions of the training into its inbox, in their order. The caller holds the lock."""
         for action in self._inward:
             self.inbox.put(action)
         self._inward.clear()
+        self._gathered, self._urgent = 0, False
+        if self._collecting is not None and threading.current_thread() is self._thread:
+            self._collecting.cancel()
+            self._collecting = None
 
     def offer(self, data: bytes) -> wire.Blob:
         """Keep bytes for download by the clients to which a message names them."""
@@ -434,7 +461,19 @@ class Listener:
             self._wakes.set()
 
     def _flush(self) -> None:
+        """Put the actions of this iteration into the inbox. Contributions wait a moment for others of their round.
+
+        One fold of many contributions, and one wake of the thread of the training, cost less than many.
+        """
         self._flushes = False
+        with self._lock:
+            if self._urgent or self._gathered >= TOGETHER or len(self._inward) >= self.awaits:
+                self._deliver()
+            elif self._inward and self._collecting is None:
+                self._collecting = required(self._loop, "event loop").call_later(COLLECT_S, self._collected)
+
+    def _collected(self) -> None:
+        self._collecting = None
         with self._lock:
             self._deliver()
 
@@ -762,6 +801,25 @@ class Listener:
         upload = self._uploads.get(number)
         if upload is not None and not upload.decided.done():
             upload.decided.set_result(code)
+
+
+def _without_settled(actions: list[Any]) -> list[Any]:
+    """The actions without the receipts of works whose `Settled` is among them: it says more."""
+    settled = {
+        work
+        for action in actions
+        if isinstance(action, events.Send) and isinstance(action.message, wire.Settled)
+        for work in action.message.works
+    }
+    if not settled:
+        return actions
+    return [
+        action
+        for action in actions
+        if not (isinstance(action, events.Send) and isinstance(action.message, wire.Receipt))
+        or action.message.code != "received"
+        or action.message.work not in settled
+    ]
 
 
 @dataclass(eq=False)

@@ -31,6 +31,8 @@ class Server(grammar.Value, EngineSpec):
         min_clients: the number of clients that must be present before a round of an open run opens, ≥ 1.
         absent_s: the seconds after which the work of an absent client fails; None: it is awaited without limit.
         lease_s: the seconds of a lease without a sign of life, > 0.
+        work_s: the seconds after which a work fails although its client gives signs of life, > 0, if the work of an
+            absent client fails, as in an open run.
         step_s: the seconds that a client has for each step of a secure sum, > 0. Then the sum leaves the client out.
         keys_s: the same for the first step, which follows the training: seconds in which the client is connected, once
             enough clients for a sum have sent their keys.
@@ -59,6 +61,7 @@ class Server(grammar.Value, EngineSpec):
     min_clients: int = 2
     absent_s: float | None = None
     lease_s: float = 60.0
+    work_s: float = 86400.0
     step_s: float = 60.0
     keys_s: float = 3600.0
     max_rows: int = 1 << 24
@@ -83,7 +86,7 @@ class Server(grammar.Value, EngineSpec):
                     f"at least {least}.",
                     write=Line(f"{name}={least}", f"--set net.{name}={least}"),
                 )
-        for name in ("lease_s", "step_s", "keys_s"):
+        for name in ("lease_s", "work_s", "step_s", "keys_s"):
             if getattr(self, name) <= 0:
                 raise UsageError(
                     f"net.{name} = {getattr(self, name)}.",

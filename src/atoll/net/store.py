@@ -193,8 +193,8 @@ class RoundCommit:
         state: the state itself, at most `SMALL_STATE` bytes; None if it is in blobs.
         blobs: the blobs that the pointer needs, from `Database.put_blob`.
         accepted: the contributions of the round, in the order of their chains.
-        metrics: the row of `metrics.jsonl`.
-        events: the rows of `events.jsonl` of this round.
+        metrics: the row of `metrics.jsonl`, or its text as JSON.
+        events: the rows of `events.jsonl` of this round, or their texts as JSON.
         attempt: the number of the last attempt of its secure sum; 0 without one.
     """
 
@@ -205,8 +205,8 @@ class RoundCommit:
     state: bytes | None
     blobs: tuple[Blob, ...]
     accepted: tuple[Accepted, ...]
-    metrics: Mapping[str, Any]
-    events: tuple[Mapping[str, Any], ...] = ()
+    metrics: Mapping[str, Any] | str
+    events: tuple[Mapping[str, Any] | str, ...] = ()
     attempt: int = 0
 
 
@@ -253,6 +253,7 @@ class Database:
             _sync_folder(home)
             self.federation = str(self._meta("federation"))
             self._seen = (-1, -1)
+        self._has_blobs = True  # until a look finds none
 
     @classmethod
     def create(cls, home: Path, federation: str, authority: bytes) -> Database:
@@ -622,6 +623,7 @@ class Database:
         Returns:
             The hash and the length.
         """
+        self._has_blobs = True
         with self._guarded():
             new, hashed, length = self.home / "blobs" / f"new-{secrets.token_hex(8)}", sha256(), 0
             with open(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb", buffering=0) as file:
@@ -688,8 +690,7 @@ class Database:
                     "UPDATE rounds SET state = NULL WHERE run = ? AND round = ?",
                     (commit.run, commit.round - GENERATIONS),
                 )
-                for event in (*commit.events, _round_event(commit)):
-                    _append(db, event, commit.run, commit.round)
+                _append(db, *commit.events, _round_event(commit), run=commit.run, round=commit.round)
         except sqlite3.IntegrityError as error:
             given = f"A work of round {commit.round} of {commit.run} has been committed before."
             raise RunError(given, "each work once.") from error
@@ -702,11 +703,12 @@ class Database:
 
     def _sweep(self, run: str) -> None:
         """Remove blobs that neither of the last two rounds needs."""
+        if not self._has_blobs:
+            return
         folder = self.home / "blobs"
         with self._guarded():
             present = {entry.name for entry in os.scandir(folder)}
-        if not present:
-            return
+        self._has_blobs = bool(present)
         rows = self._rows("SELECT blobs FROM rounds WHERE run = ? ORDER BY round DESC LIMIT ?", run, GENERATIONS)
         needed = {blob.hash.hex() for (packed,) in rows for blob in _unpacked(packed)}
         with self._guarded():
@@ -831,14 +833,18 @@ def _client(row: Sequence[Any]) -> ClientRecord:
     return ClientRecord(id, name, san, bool(pinned), state, tuple(s for s in (serial, former) if s), *rest)
 
 
-def _append(db: sqlite3.Connection, event: Mapping[str, Any], run: str | None = None, round: int | None = None) -> None:
-    """Append an event and the next link."""
+def _append(
+    db: sqlite3.Connection, *events: Mapping[str, Any] | str, run: str | None = None, round: int | None = None
+) -> None:
+    """Append events and their links."""
     values = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('link', 'events')").fetchall())
-    text, seq = _json(event), int(values["events"]) + 1
-    link = _next_link(values["link"], text)
-    db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?)", (seq, run, round, text, link))
-    db.execute("UPDATE meta SET value = ? WHERE key = 'link'", (link,))
-    db.execute("UPDATE meta SET value = ? WHERE key = 'events'", (seq,))
+    link, seq, rows = values["link"], int(values["events"]), []
+    for event in events:
+        text, seq = _json(event), seq + 1
+        link = _next_link(link, text)
+        rows.append((seq, run, round, text, link))
+    db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?)", rows)
+    db.executemany("UPDATE meta SET value = ? WHERE key = ?", ((link, "link"), (seq, "events")))
 
 
 def _next_link(link: bytes, text: str) -> bytes:
@@ -867,8 +873,8 @@ def _unpacked(packed: bytes) -> tuple[Blob, ...]:
     return tuple(Blob(packed[i : i + 32], int.from_bytes(packed[i + 32 : i + 40], "big")) for i in starts)
 
 
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+def _json(value: Mapping[str, Any] | str) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def _locked(error: Exception) -> bool:

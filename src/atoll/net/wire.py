@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from hashlib import sha256
 from struct import Struct as Packing
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
@@ -536,7 +537,13 @@ def work_id(
     texts = b"".join(len(text.encode()).to_bytes(2, "big") + text.encode() for text in (run, kind))
     numbers = b"".join(number.to_bytes(8, "big") for number in (client, version, repeat))
     last = attempt.to_bytes(4, "big") if attempt else b""
-    return sha256(b"atoll/work/v1" + texts + numbers + digest(plan.encode()) + model + last).digest()[:16]
+    return sha256(b"atoll/work/v1" + texts + numbers + _plan_digest(plan) + model + last).digest()[:16]
+
+
+@lru_cache(maxsize=8)
+def _plan_digest(plan: str) -> bytes:
+    """The hash of the text of a plan, which is long and the same for all works of a round."""
+    return digest(plan.encode())
 
 
 def chain_link(after: bytes | None, work: bytes, message: bytes) -> bytes:

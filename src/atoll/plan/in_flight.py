@@ -237,9 +237,10 @@ class OpenRound:
         oldest = min((f.version for f in self._flights.values()), default=self.round)
         return Counter(client for client, version in self._recent if version > oldest)
 
-    def sent(self, flight: Flight, down: int) -> None:
-        """Record the number of bytes that the server sent to a client at its start."""
-        self._flights[flight.number] = flight._replace(down=down)
+    def sent(self, flight: Flight, down: int) -> Flight:
+        """Record the number of bytes that the server sent to a client at its start. Returns the flight with it."""
+        sent = self._flights[flight.number] = flight._replace(down=down)
+        return sent
 
     def cut(self, number: int, share: float) -> None:
         """Record that a client stops after the fraction `share` of its work and sends the result."""

@@ -19,14 +19,24 @@ from atoll.plan.state import SHARED, DownlinkState, State
 _WHOLE = torch.int64
 
 
+def model_to_tensors(model: Model) -> dict[str, Tensor]:
+    """Name the tensors of a model as `state_to_tensors` does. They are the model's own tensors."""
+    whole = {"model/theta": model.theta, "model/buffers": model.buffers}
+    return whole | under("counters/", model.counters) | under("fixed/", model.fixed)
+
+
+def model_from_tensors(tensors: Mapping[str, Tensor]) -> Model:
+    """The inverse of `model_to_tensors`; the tensors may contain others, such as those of a state."""
+    counters, fixed = without_prefix(tensors, "counters/"), without_prefix(tensors, "fixed/")
+    return Model(tensors["model/theta"], tensors["model/buffers"], counters, fixed)
+
+
 def state_to_tensors(state: State) -> dict[str, Tensor]:
     """Convert a state to named tensors. They do not include rows of the client memory, the round and the seed.
 
     The memory with which every client begins is included; one number stands for a tensor of zeros.
     """
-    model = state.model
-    out = {"model/theta": model.theta, "model/buffers": model.buffers}
-    out |= under("counters/", model.counters) | under("fixed/", model.fixed)
+    out = model_to_tensors(state.model)
     out |= under("optimizer/", state.optimizer) | _shared("server", state.server)
     out |= under("first/", {n: t if bool(t.any()) else t.new_zeros(()) for n, t in state.memory.first.items()})
     if state.sent is not None:
@@ -74,12 +84,7 @@ def state_from_tensors(tensors: Mapping[str, Tensor], round: int, at: State) -> 
     return State(
         round,
         at.seed,
-        Model(
-            tensors["model/theta"],
-            tensors["model/buffers"],
-            without_prefix(tensors, "counters/"),
-            without_prefix(tensors, "fixed/"),
-        ),
+        model_from_tensors(tensors),
         without_prefix(tensors, "optimizer/"),
         _parts(tensors, "server", at.server),
         at.memory,

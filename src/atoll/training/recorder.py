@@ -25,7 +25,7 @@ from atoll.plan.local import Newton
 from atoll.plan.round import FlightTimes, Report
 from atoll.privacy.ledger import START, Ledger
 from atoll.report.run_plot import run_plot
-from atoll.runs.checkpoint import state_from_tensors, state_to_tensors
+from atoll.runs.checkpoint import model_from_tensors, model_to_tensors, state_from_tensors, state_to_tensors
 from atoll.runs.confusion import Confusion
 from atoll.runs.events import Run
 from atoll.runs.folder import HIDDEN
@@ -68,6 +68,7 @@ class Recorder:
         self.best: dict[str, Any] = {}
         self.best_model: Model | None = None
         self._saved_best = -1
+        self._same: tuple[Any, Any, dict[str, Any]] | None = None
         self._recorded = 0  # the number of rounds that are written
         self._last = self._began = time.monotonic()
 
@@ -170,7 +171,9 @@ class Recorder:
         self.best, self._recorded = dict(facts["best"]), t.state.round
         if checkpoint.best is not None:
             self._saved_best = self.best["round"]
-            self.best_model = start_from(checkpoint.best, t.task)
+            found = checkpoint.best
+            whole = self.store is not None and "model/theta" in found
+            self.best_model = model_from_tensors(found).to(t.task.device) if whole else start_from(found, t.task)
         if t.state.round >= t.settings.rounds:
             t.outcome = stops.Outcome(f"all {t.settings.rounds} rounds were run", False)
         t.end_if_spent()
@@ -221,13 +224,14 @@ class Recorder:
         t = self.training
         best = None
         if self.best_model is not None and self.best["round"] != self._saved_best:
-            best = _state_dict(t, self.best_model)
+            # In a store the best model is a part of the state if the round of the state is the best one.
+            best = _state_dict(t, self.best_model) if self.store is None else model_to_tensors(self.best_model)
             self._save_hidden("best", self.best_model)
         ids, rows = t.memory.changed()
         memory = {"ids": ids, **under("rows/", rows)} if len(ids) else {}
         facts = {
             "round": t.state.round,
-            **identity(t),
+            **self._identity(),
             "watch": t.watch,
             "best": self.best,
             "seconds": t.seconds,
@@ -238,6 +242,13 @@ class Recorder:
         self.folder.checkpoint(state_to_tensors(t.state), memory, facts, best)
         self._saved_best = self.best["round"] if self.best else -1
         self._last = time.monotonic()
+
+    def _identity(self) -> dict[str, Any]:
+        """`identity` of the training, computed once for each plan: it takes as long as a small checkpoint."""
+        t = self.training
+        if self._same is None or self._same[0] is not t.plan or self._same[1] is not t.task:
+            self._same = t.plan, t.task, identity(t)
+        return self._same[2]
 
     def _save_hidden(self, stem: str, model: Model) -> None:
         """Write the buffers that `state_dict` leaves out, if the model has any, next to the file of the model."""
@@ -415,7 +426,8 @@ def _check_memory(first: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> N
 
 def _brief(clients: Mapping[str, Any], limit: int = 1000) -> dict[str, Any]:
     """The columns of the event "clients", with at most `limit` clients."""
-    return {n: [round(float(v), 6) if t.is_floating_point() else int(v) for v in t[:limit]] for n, t in clients.items()}
+    whole = {n: t[:limit].tolist() for n, t in clients.items()}
+    return {n: [round(v, 6) if isinstance(v, float) else int(v) for v in values] for n, values in whole.items()}
 
 
 def _columns(trips: tuple[FlightTimes, ...], limit: int = 10_000) -> dict[str, list[Any]]:

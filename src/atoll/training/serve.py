@@ -274,7 +274,8 @@ class Serving:
         job, engine = self._job, self._engine
         engine.notify = self._notify
         database, path = engine.home.database, engine.home.path
-        store = RoundStore(database, lambda: engine.run, engine.accepted)
+        secure = self._training.plan.aggregator.secure is not None
+        store = RoundStore(database, lambda: engine.run, engine.accepted, secure)
         recorder = Recorder(self._training, path / "runs", job.config, job.checkpoint_s, store)
         if job.unfinished is not None:
             engine.run = job.unfinished
