@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fairness import opposed_groups, rounds_to, slow_group, trained
 from problems import classification, federation, regression, run, task_of
 from torch import nn
 
@@ -21,6 +22,7 @@ from atoll.plan.pace import Buffered
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Cohort
 from atoll.plan.round import bind
+from atoll.plan.sampler import PowerOfChoice, Uniform
 from atoll.plan.state import State
 
 WIDE = torch.float64
@@ -106,6 +108,25 @@ def test_agnostic_training_ends_at_the_minimax_point():
     weights = state.server["aggregator"]["weights"]
     assert float(weights.sum()) == pytest.approx(1) and float(weights[1]) < 0.1
     assert reports[-1].clients["mixture"].tolist() == pytest.approx(weights.tolist(), abs=0.02)
+
+
+def test_fair_weights_raise_the_worst_accuracy():
+    """benchmarks/fairness.py has five seeds."""
+    data, words = opposed_groups(0), {"epochs": 1, "batch": 50}
+    plain = recipes.fedavg(0.3, **words)
+    fair, agnostic = recipes.qffl(0.3, q=5.0, **words), replace(plain, aggregator=Agnostic(0.1))
+    mean, fair, agnostic = (trained(data, plan, 12).metrics for plan in (plain, fair, agnostic))
+    assert fair["accuracy_worst10"] > mean["accuracy_worst10"] + 0.05
+    assert fair["accuracy_sd"] < 0.8 * mean["accuracy_sd"]
+    assert agnostic["accuracy_min"] > mean["accuracy_min"] + 0.05
+
+
+def test_selection_by_loss_needs_fewer_rounds():
+    uniform, by_loss = (
+        rounds_to(trained(slow_group(1), recipes.fedavg(0.3, epochs=1, batch=10, cohort=cohort), 20), 0.12)
+        for cohort in (Uniform(3), PowerOfChoice(3, 9))
+    )
+    assert by_loss < 0.9 * uniform
 
 
 def test_the_projection_is_the_nearest_point():
