@@ -8,7 +8,7 @@ from torch import nn
 
 from atoll.engine.choose_backend import choose
 from atoll.engine.inprocess import InProcessEngine
-from atoll.engine.position_check import PositionCheck
+from atoll.engine.position_check import EXACT, PositionCheck, _exact, _same_anywhere
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient, Train
 from atoll.plan.optimizer.rules import sgd
@@ -72,3 +72,18 @@ def test_what_is_rounded_by_place_is_found():
         with PositionCheck(rows=3) as watch:
             (x[:, :width].sigmoid() * x[:, :width].relu().exp()).sum().backward()
         assert watch.position_dependent == found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_not_tested_has_the_same_bits_everywhere(dtype):
+    """The operations of `EXACT`, on numbers of many sizes; a scaled sum and a rounded quotient are tested."""
+    a, b = (torch.randn(300, generator=torch.Generator().manual_seed(i), dtype=dtype).exp() ** 9 for i in range(2))
+    further = {"where": (a > b, a, b), "threshold_backward": (a, b, 1.0)}
+    ops = torch.ops.aten
+    for name in EXACT:
+        op = getattr(ops, name)
+        func = getattr(op, "Tensor" if "Tensor" in op.overloads() else "self" if name == "where" else "default")
+        args = further.get(name) or ((a, b) if "Tensor" in op.overloads() else (a,))
+        assert _exact(func, [a], {}) and _same_anywhere(func, args, {}), name
+    assert not _exact(ops.add.Tensor, [a], {"alpha": 0.1}) and not _exact(ops.sigmoid.default, [a], {})
+    assert not _exact(ops.mul.Tensor, [a.to(torch.bfloat16)], {})

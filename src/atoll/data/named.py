@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack
@@ -131,13 +132,19 @@ def _sklearn(name: str, scale: str | None) -> Source:
     return replace(source, classes=tuple(map(str, bunch.target_names)))
 
 
+@cache
+def _small_numbers(path: Path) -> Array:
+    """The numbers 0 to 255 of a packed CSV file. They are kept, because reading them takes longer than a short run."""
+    with gzip.open(path, "rt") as file:
+        return np.loadtxt(file, delimiter=",", dtype=np.uint8)
+
+
 def _digits(scale: str | None) -> Source:
     """The digits of scikit-learn: 1,797 pictures `[1, 8, 8]` in [0, 1]. Its loader would import for a second."""
     package = find_spec("sklearn")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("scikit-learn is not installed")
-    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
-        rows = np.loadtxt(file, delimiter=",")
+    rows = _small_numbers(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz")
     pictures = (rows[:, :-1] / 16).astype(np.float32).reshape(-1, 1, 8, 8)
     return arrays(pictures, rows[:, -1].astype(int), task="classification", scale=scale or "none", name="digits")
 
