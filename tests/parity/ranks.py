@@ -12,6 +12,7 @@ import sys
 import warnings
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean, Sum
 from atoll.plan.codec import EF21, ErrorFeedback, Quantize, TopK
 from atoll.plan.local import Custom, Gradient, Train
-from atoll.plan.optimizer.rules import adam, adamw, sgd
+from atoll.plan.optimizer.rules import adam, sgd, yogi
 from atoll.plan.pace import Sync
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, open_round
@@ -64,12 +65,12 @@ def plans():
         "one client": recipes.fedavg(0.1, cohort=1),
         "now and then nobody": Plan(Gradient(), Mean(over="expected"), sgd(0.1), cohort=Poisson(0.02)),
         "sum": Plan(Gradient(4), Sum(), sgd(0.001)),
-        "memory": Plan(Train(adam(0.01), steps=2, batch=8, keep=("optimizer", "order")), Mean(), adam(0.01), 7),
+        "memory": Plan(Train(yogi(0.01), steps=2, batch=8, keep=("optimizer", "order")), Mean(), yogi(0.01), 7),
         "memory of a loop": Plan(Custom(remember, batch=8, memory=personal), Mean(), cohort=7),
         "error feedback": Plan(some, Mean(), cohort=7, codec=ErrorFeedback(TopK(0.1))),
         "shift": Plan(some, Mean(), codec=EF21(TopK(0.1))),
         "quantised": Plan(some, Mean(), cohort=7, codec=Quantize(8), downlink=TopK(0.2)),
-        "over-selection": Plan(some, Mean(), adamw(0.01), cohort=6, pace=Sync(over_select=1.5)),
+        "over-selection": Plan(some, Mean(), yogi(0.01), cohort=6, pace=Sync(over_select=1.5)),
     }
     return out
 
@@ -88,7 +89,8 @@ def cases():
 
 
 # Cases whose parts are in other quick cases too.
-SIMILAR = {"sgd", "distributed_gd", "distributed_gd of a batch", "fedavg", "fedavgm", "fedyogi", "fedadagrad"}
+SIMILAR = {"sgd", "distributed_gd", "distributed_gd of a batch", "fedavg", "fedavgm", "fedadagrad"}
+SIMILAR |= {"fedadam", "diloco"}  # they import `torch._dynamo` in every process, for seconds
 SIMILAR |= {"local_sgd", "fedsgd", "one client a rank", "equal weights", "many rows", "local training"}
 
 
@@ -248,8 +250,6 @@ def fork(ranks):
 
 if __name__ == "__main__":
     if "forked" in sys.argv:
-        torch.optim.Adam(
-            [torch.zeros(1)]
-        )  # the first optimizer of torch imports `torch._dynamo`: here once for both ranks
+        import_module("torch.fx.experimental.symbolic_shapes")  # by the first backward pass: here once for both ranks
         fork(2)
     main(Path(sys.argv[1]), list(cases()) if "all" in sys.argv else quick())

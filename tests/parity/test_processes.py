@@ -25,6 +25,7 @@ from atoll.base.errors import UsageError
 from atoll.data import ArrayRows, DatasetRows
 from atoll.engine.client_state import Memory
 from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.workers import forkserver
 from atoll.engine.workers.forkserver import ForkServer
 from atoll.engine.workers.processes import ProcessesEngine, _Pipes
 from atoll.engine.workers.serialize import deserialize, serialize
@@ -44,7 +45,11 @@ SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
 
 @pytest.fixture(scope="module")
 def nursery():
+    """A fork server that has imported what the first backward pass imports, for more than a second in each worker."""
     with_all = ForkServer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forkserver, "_START", f"import torch.fx.experimental.symbolic_shapes; {forkserver._START}")
+        with_all.start()
     yield with_all
     processes = [p for pid in with_all.pids for p in (psutil.Process(pid), *psutil.Process(pid).children())]
     with_all.close()
