@@ -121,7 +121,7 @@ def _flags(words):
         ["new", "p"],
         ["compare", "a", "b"],
         ["serve", "--home", "at"],
-        ["join", "token", "--home", "at"],
+        ["join", "token", "--home", "at", "--data", "x"],
         ["invite", "north", "--home", "at"],
     )
     for command in (words, *([*other, *words[1:]] for other in others)):

@@ -129,7 +129,9 @@ def main():
     data, known = atoll.data.load("digits").split(6, atoll.data.Dirichlet(0.5)), set()
     for line in sys.stdin:
         order = json.loads(line)
-        if order["plan"] not in known:  # imports what this plan needs, and computes the ε of its rounds, for all children
+        if (
+            order["plan"] not in known
+        ):  # imports what this plan needs, and computes the ε of its rounds, for all children
             plan = parse(order["plan"], PARTS, trust=True)
             atoll.train("softmax", data, plan, rounds=min(order["rounds"], 6), out=None, report=False)
             known.add(order["plan"])

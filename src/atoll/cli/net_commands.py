@@ -296,7 +296,7 @@ def join_command(
         required = "a token, - for a token on stdin, or an option of the command."
         raise UsageError(f"Unknown option: {token}.", required, write="atoll join --help")
     text = sys.stdin.readline().strip() if token == "-" else token
-    own = _mapped([*(code.model_as or []), *(code.part or [])])
+    own = _mapped("--model-as", code.model_as) | _mapped("--part", code.part)
     limits = Policy() if policy is None else Policy.read(Path(policy))
     return join_federation(
         text,
@@ -314,15 +314,16 @@ def join_command(
     )
 
 
-def _mapped(texts: list[str]) -> dict[str, Any]:
+def _mapped(flag: str, texts: list[str] | None) -> dict[str, Any]:
     """The site's own code by name, from NAME=module:function."""
     from atoll import models
 
     out = {}
-    for text in texts:
+    for text in texts or ():
         name, equals, where = text.partition("=")
         if not equals or ":" not in where:
-            raise UsageError(f"{text!r}.", "NAME=module:function.", write=Line(shell="--model-as net=my_site:net"))
+            line = f"{flag} {name or 'net'}=my_site:{name or 'net'}"
+            raise UsageError(f"{flag} {text}.", "NAME=module:function.", write=Line(shell=line))
         out[name] = models.factory(where)
     return out
 

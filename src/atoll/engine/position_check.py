@@ -32,7 +32,8 @@ EXACT |= {"eq", "ge", "gt", "isnan", "le", "lt", "ne"}
 class PositionCheck(TorchDispatchMode):
     """Test every elementwise operation of a pass at other positions. `position_dependent`: names of failing ones.
 
-    An operation that is correctly rounded (`EXACT`) is not tested. An operation with a multiple of `VECTOR` results for each row is not tested, since no row starts inside a vector.
+    An operation that is correctly rounded (`EXACT`) is not tested. An operation with a multiple of `VECTOR` results for
+    each row is not tested, since no row starts inside a vector.
 
     Args:
         rows: the rows in the pass, ≥ 1.

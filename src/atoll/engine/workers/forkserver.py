@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from atoll.base.errors import UsageError
+from atoll.base.lines import Line
 from atoll.engine.workers.shared_memory import remove_folders
 
 _ORDER = struct.Struct("<cq")  # b"f" fork, with a connection; b"k" kill, with a process id; b"w" preload
@@ -62,7 +63,7 @@ class ForkServer:
             UsageError: it was closed.
         """
         if self.closed:
-            raise UsageError("The fork server was closed.", "an open one.", write="ForkServer()")
+            raise UsageError("The fork server was closed.", "an open one.", write=Line(python="ForkServer()"))
         if self._lives and self._lives[-1].process.poll() is None:
             return
         ours, theirs = socket.socketpair()
