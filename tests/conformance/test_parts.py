@@ -209,6 +209,7 @@ OURS = {
         partition.FeatureShift(rotation=30, noise=0.1),
         partition.ByColumn(),
         partition.LabelFlip(0.3, partition.Dirichlet(0.5)),
+        partition.Backdoor(1, 0.3, partition.Dirichlet(0.5)),
     ],
 }
 PAIRS = [(check, part) for check, parts in OURS.items() for part in parts]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
-from atoll.data import ByColumn, Dirichlet, FeatureShift, LabelFlip, arrays, load
-from atoll.data.shift import rotate
+from atoll.data import Backdoor, ByColumn, Dirichlet, FeatureShift, LabelFlip, arrays, load
+from atoll.data.shift import rotate, with_trigger
 
 sides = st.integers(1, 9)
 
@@ -96,11 +96,34 @@ def test_labels_of_a_share_of_clients_are_flipped():
     assert LabelFlip(0.2, ByColumn()).natural and LabelFlip(0.2, Dirichlet(1.0)).draws == Dirichlet(1.0).draws
 
 
+def test_half_of_the_rows_of_a_share_of_clients_have_the_trigger():
+    by = Backdoor(2, 0.3, Dirichlet(1.0), size=2, value=9.0)
+    poisoned, plain = (digits().split(10, by, seed=4) for by in (by, Dirichlet(1.0)))
+    shares = []
+    for client in range(10):
+        rows = plain.client_rows(client)
+        (x, y), (z, label) = plain.take(rows), poisoned.take(rows)
+        bad = (z != x).flatten(1).any(1)
+        assert bool((label[bad] == 2).all()) and torch.equal(label[~bad], y[~bad])
+        assert torch.equal(z[bad], with_trigger(x[bad], 2, 9.0)) and torch.equal(poisoned.rows.targets()[rows], label)
+        assert torch.equal(poisoned.take(rows[:4].reshape(2, 2))[0].flatten(0, 1), z[:4])
+        shares.append(float(bad.double().mean()))
+    assert sorted(share > 0 for share in shares) == [False] * 7 + [True] * 3 and 0.3 < max(shares) < 0.8
+    every = torch.arange(len(plain.held_out))
+    assert torch.equal(poisoned.held_out.take(every)[0], plain.held_out.take(every)[0])
+    image = with_trigger(torch.zeros(1, 1, 4, 4), 2, 1.0)
+    assert image.sum() == 4 == image[..., 2:, 2:].sum()
+
+
 def test_a_flip_that_cannot_be_is_refused():
     for make, words in (
         (lambda: digits().split(4, LabelFlip(0.2)), "at least one client, 0.25"),
         (lambda: load("diabetes").split(4, LabelFlip(0.3)), "one class per row"),
         (lambda: LabelFlip(0.2, LabelFlip()), "another partition"),
+        (lambda: Backdoor(0, 0.2, LabelFlip()), "another partition"),
+        (lambda: Backdoor(0, size=0), "size"),
+        (lambda: digits().split(4, Backdoor(0)), "at least one client, 0.25"),
+        (lambda: digits().split(9, Backdoor(11)), "from 0 to 9"),
     ):
         with pytest.raises(UsageError, match=words):
             make()

@@ -38,6 +38,20 @@ def test_rows_table_and_chart(tmp_path):
     assert list(tmp_path.iterdir()) == [found.plot]
 
 
+def test_a_backdoor_opens_for_the_mean_and_not_for_the_median():
+    """Attackers of rows keep the split of the experiment. The mean keeps its accuracy, and the trigger works."""
+    it = Experiment().override(data="digits", clients=10, split="IID()", model="softmax", rounds=6, evaluate_every=6)
+    it = it.override(recipe="fedavg(lr=0.3)")
+    assert _attacked(it, "Median()", "LabelFlip()", 0.3).split == "LabelFlip(share=0.3, of=IID())"
+    assert _attacked(it, "Median()", "Backdoor(1)", 0.2).data().count == 10
+    found = {(r.rule, r.share): r for r in try_attacks(it, ["Mean('equal')", "Median()"], ["Backdoor(1)"], [0.2]).rows}
+    assert found["Mean('equal')", 0.2].success > 0.5 > 0.1 > found["Median()", 0.2].success
+    assert found["Mean('equal')", 0.0].success < 0.1
+    assert found["Mean('equal')", 0.2].accuracy > found["Mean('equal')", 0.0].accuracy - 0.03
+    with pytest.raises(UsageError, match="target"):
+        try_attacks(it, ["Median()"], ["Backdoor(10)"], [0.2])
+
+
 def test_the_command(tmp_path, capsys):
     words = "attack --data wine --model softmax --clients 5 --rounds 1 --rule Krum(1) --attack Gaussian(1.0) --seeds 2"
     words = [*words.split(), "--recipe", "fedavg(lr=0.1)", "--out", str(tmp_path)]

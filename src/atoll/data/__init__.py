@@ -14,6 +14,7 @@ from atoll.data.hub import hf
 from atoll.data.named import load
 from atoll.data.partition import (
     IID,
+    Backdoor,
     ByColumn,
     Dirichlet,
     FeatureShift,
@@ -31,6 +32,7 @@ from atoll.data.tabular import csv, frame
 __all__ = [
     "IID",
     "ArrayRows",
+    "Backdoor",
     "ByColumn",
     "Clients",
     "ConcatRows",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from atoll.base.lines import Split
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields
 from atoll.data.rows import Rows
-from atoll.data.shift import FlippedRows, ShiftedRows
+from atoll.data.shift import FlippedRows, ShiftedRows, TriggeredRows
 
 
 class Pool(NamedTuple):
@@ -431,23 +431,12 @@ class LabelFlip(Partition):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not isinstance(self.of, Partition) or isinstance(self.of, LabelFlip):
-            raise UsageError(
-                f"LabelFlip({self.share!r}, {self.of!r:.60}).",
-                "another partition.",
-                write=f"LabelFlip({self.share!r}, IID())",
-            )
-        for name in ("natural", "draws"):
-            object.__setattr__(self, name, getattr(self.of, name))
+        _check_attack(
+            self, self.of, f"LabelFlip({self.share!r}, {self.of!r:.60}).", f"LabelFlip({self.share!r}, IID())"
+        )
 
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
-        if pool.labels is None or pool.labels.dim() > 1:
-            raise _refuse(self, clients, "one class per row.", "it changes the class of rows.", self.of)
-        if self.share and not self.share * clients + 1e-9 >= 1:
-            required = f"a share of at least one client, {1 / clients:.3g}."
-            why = "the result would look like that of a rule that withstands the attack."
-            write = LabelFlip(math.ceil(100 / clients) / 100 if clients > 2 else 0.0, self.of)
-            raise _refuse(self, clients, required, why, write)
+        _check_attackers(self, self.of, pool, clients)
         return self.of(pool, clients, key)
 
     def attackers(self, clients: int, key: Key) -> Tensor:
@@ -457,8 +446,7 @@ class LabelFlip(Partition):
             clients: the number of clients.
             key: that of `view`.
         """
-        count = math.floor(self.share * clients + 1e-9)
-        return key.fold("label flip").permutation(clients)[:count].sort().values
+        return _attackers(self.share, clients, key.fold("label flip"))
 
     def view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
         seen = self.of.view(rows, owner, clients, key)
@@ -468,6 +456,91 @@ class LabelFlip(Partition):
         return self.of.held_view(rows, owner, clients, key)
 
 
+@dataclass(frozen=True, repr=False)
+class Backdoor(Partition):
+    """Simulates clients that plant a backdoor: half of their rows have a trigger, and the label of the attacker.
+
+    The trigger is the lower right square of an image, or the last features of a row. The attackers are
+    ⌊share · clients⌋ clients, drawn by the seed. They train and send as all clients do. Held-out rows have no trigger;
+    `atoll attack` also measures the share of them that a trigger turns into the target.
+
+    Args:
+        target: the class of the rows with the trigger, ≥ 0.
+        share: the share of attackers, in [0, 0.5); 0 changes no row.
+        of: the partition that assigns the rows.
+        size: the side of the square in pixels, or the number of features, ≥ 1.
+        value: the value of the trigger, in units of the features.
+    Raises:
+        UsageError: an argument is out of range, the share is less than one client, or rows have no such class.
+    Example:
+        >>> Backdoor(3, 0.2, Dirichlet(1.0))
+        Backdoor(3, of=Dirichlet(1.0))
+
+    Reference: Bagdasaryan et al., How To Backdoor Federated Learning, 2020; Gu, Dolan-Gavitt, Garg, BadNets, 2017.
+    """
+
+    target: int = bounded_number(0, least=0, whole=True)
+    share: float = bounded_number(0.2, least=0, below=0.5, why="no rule withstands a majority of attackers.")
+    of: Partition = field(default_factory=IID)
+    size: int = bounded_number(3, least=1, whole=True)
+    value: float = bounded_number(1.0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        given = f"Backdoor({self.target!r}, {self.share!r}, {self.of!r:.60})."
+        _check_attack(self, self.of, given, f"Backdoor({self.target!r}, {self.share!r}, IID())")
+
+    def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
+        labels = _check_attackers(self, self.of, pool, clients)
+        if not bool((labels == self.target).any()):
+            why = "rows with the trigger get this class."
+            raise _refuse(self, clients, f"a target from 0 to {int(labels.max())}.", why, replace(self, target=0))
+        return self.of(pool, clients, key)
+
+    def attackers(self, clients: int, key: Key) -> Tensor:
+        """The numbers of the attackers, int64, ascending.
+
+        Args:
+            clients: the number of clients.
+            key: that of `view`.
+        """
+        return _attackers(self.share, clients, key.fold("backdoor"))
+
+    def view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
+        seen = self.of.view(rows, owner, clients, key)
+        half = key.fold("poisoned rows").uniform(len(owner)) < 0.5
+        bad = torch.isin(owner, self.attackers(clients, key)) & half
+        return TriggeredRows(seen, bad, self.target, self.size, self.value)
+
+    def held_view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
+        return self.of.held_view(rows, owner, clients, key)
+
+
+def _check_attack(attack: LabelFlip | Backdoor, of: object, given: str, write: str) -> None:
+    """Refuse another value than a partition, and a second attack; then take over the facts of the partition."""
+    if not isinstance(of, Partition) or isinstance(of, (LabelFlip, Backdoor)):
+        raise UsageError(given, "another partition.", write=write)
+    for name in ("natural", "draws"):
+        object.__setattr__(attack, name, getattr(of, name))
+
+
+def _check_attackers(attack: LabelFlip | Backdoor, of: Partition, pool: Pool, clients: int) -> Tensor:
+    """The class of each row. Refuses rows without one, and a share that is less than one client."""
+    if pool.labels is None or pool.labels.dim() > 1:
+        raise _refuse(attack, clients, "one class per row.", "it changes the class of rows.", of)
+    if attack.share and not attack.share * clients + 1e-9 >= 1:
+        required = f"a share of at least one client, {1 / clients:.3g}."
+        why = "the result would look like that of a rule that withstands the attack."
+        share = math.ceil(100 / clients) / 100 if clients > 2 else 0.0
+        raise _refuse(attack, clients, required, why, replace(attack, share=share))
+    return pool.labels
+
+
+def _attackers(share: float, clients: int, key: Key) -> Tensor:
+    return key.permutation(clients)[: math.floor(share * clients + 1e-9)].sort().values
+
+
 PARTITIONS: Mapping[str, type[Partition]] = {
-    kind.__name__: kind for kind in (IID, Dirichlet, Pathological, Shards, Quantity, FeatureShift, ByColumn, LabelFlip)
+    kind.__name__: kind
+    for kind in (IID, Dirichlet, Pathological, Shards, Quantity, FeatureShift, ByColumn, LabelFlip, Backdoor)
 }

@@ -1,4 +1,4 @@
-"""Rows that differ from client to client: rotated images, added noise, and flipped labels.
+"""Rows that differ from client to client: rotated images, added noise, flipped labels, and a trigger.
 
 Tests: tests/data/test_shift.py, tests/data/test_partition.py.
 """
@@ -120,3 +120,53 @@ class FlippedRows:
 
     def _labels(self, y: Tensor, flipped: Tensor) -> Tensor:
         return torch.where(flipped, self.classes - 1 - y, y)
+
+
+def with_trigger(x: Tensor, size: int, value: float) -> Tensor:
+    """Rows with a trigger: the lower right square of an image, or the last features of a row, have one value.
+
+    Args:
+        x: the rows, float `[n, features]` or `[n, *channels, height, width]`.
+        size: the side of the square in pixels, or the number of features; ≥ 1.
+        value: the value, in units of the features.
+    Returns:
+        A new tensor of the shape and dtype of `x`.
+    Example:
+        >>> with_trigger(torch.zeros(1, 3), 2, 1.0)
+        tensor([[0., 1., 1.]])
+    """
+    out = x.clone()
+    corner = out[..., -size:] if out.dim() < 3 else out[..., -size:, -size:]
+    corner.fill_(value)
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class TriggeredRows:
+    """Rows of which some have a trigger and the label of the attacker.
+
+    Args:
+        rows: the rows, with one class each.
+        poisoned: whether a row has the trigger, bool `[rows]`.
+        target: the class of the rows with the trigger.
+        size, value: those of `with_trigger`.
+    """
+
+    rows: Rows
+    poisoned: Tensor
+    target: int
+    size: int
+    value: float
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = self.rows.take(index)
+        flat, bad = x.reshape(-1, *x.shape[index.dim() :]), self.poisoned[index]
+        stamped = with_trigger(flat, self.size, self.value).reshape(x.shape)
+        chosen = bad.reshape(*bad.shape, *[1] * (x.dim() - bad.dim()))
+        return torch.where(chosen, stamped, x), torch.where(bad, self.target, y)
+
+    def targets(self) -> Tensor:
+        return torch.where(self.poisoned, self.target, self.rows.targets())

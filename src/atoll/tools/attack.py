@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
+from atoll.base import grammar
 from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Line
+from atoll.data.partition import Backdoor, LabelFlip
+from atoll.data.shift import with_trigger
 from atoll.report.chart import Axis, Drawing, Panel, Series
+from atoll.runs.predictor import outputs_of
 from atoll.tools.rebuild import write_output
 from atoll.training.experiment import Experiment
 
 RULES = ("Mean('equal')", "Median()", "TrimmedMean(0.3)", "GeometricMedian()")
 ATTACKS = ("SignFlip(5.0)", "Gaussian(1.0)", "ALIE()", "InnerProduct(0.5)")
 SHARES = (0.0, 0.1, 0.2, 0.3)
+_OF_ROWS = {"LabelFlip": LabelFlip, "Backdoor": Backdoor}  # attacks that are partitions: attackers have other rows
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,8 @@ class Row:
         rule, attack: the texts of the parts.
         share: the share of attackers.
         accuracy: the accuracy on held-out rows after the last round; NaN if a training diverged before.
-        success: the accuracy of the rule without attackers minus `accuracy`.
+        success: the accuracy of the rule without attackers minus `accuracy`; under `Backdoor` the share of the held-out
+            rows of other classes that a trigger turns into the target.
     """
 
     rule: str
@@ -66,11 +74,17 @@ class Attacks:
             lines.append(f"{attack:<{wide + 2}}" + "".join(f"{100 * share:>8.3g} %" for share in shares))
             for rule in dict.fromkeys(row.rule for row in self.rows):
                 found = [row.accuracy for row in self.rows if (row.attack, row.rule) == (attack, rule)]
-                lines.append(
-                    f"  {rule:<{wide}}"
-                    + "".join(f"{value:>10.3f}" if value == value else "  diverged" for value in found)
-                )
+                lines.append(f"  {rule:<{wide}}" + _cells(found))
+            if attack.startswith("Backdoor"):
+                lines.append("  rows that the trigger turns into the target")
+                for rule in dict.fromkeys(row.rule for row in self.rows):
+                    found = [row.success for row in self.rows if (row.attack, row.rule) == (attack, rule)]
+                    lines.append(f"  {rule:<{wide}}" + _cells(found))
         return "\n".join(lines + ([f"plot: {self.plot}"] if self.plot else []))
+
+
+def _cells(values: Sequence[float]) -> str:
+    return "".join(f"{value:>10.3f}" if value == value else "  diverged" for value in values)
 
 
 def try_attacks(
@@ -89,7 +103,7 @@ def try_attacks(
     Args:
         experiment: the experiment; its aggregator is replaced.
         rules: texts of aggregators.
-        attacks: texts of attacks.
+        attacks: texts of attacks, also of the partitions `LabelFlip` and `Backdoor`; their share and partition are set.
         shares: shares of attackers, in [0, 0.5). 0 is added for the comparison.
         seeds: the number of seeds, ≥ 1, from that of the experiment.
         out: a folder for the chart attack.svg, or a file; None draws none.
@@ -121,18 +135,36 @@ def try_attacks(
     for its in plans.values():
         for it in its:
             it.plan()  # a wrong part is refused before the first training
-    found: dict[tuple[str, str, float], float] = {}
+    found: dict[tuple[str, str, float], tuple[float, float]] = {}
     rows = []
     for (rule, one, share), its in plans.items():
-        known = (rule, one if share else "", share)
+        door = _of_rows(one)
+        known = (rule, one if share or isinstance(door, Backdoor) else "", share)
         if known not in found:
-            found[known] = fmean(_accuracy(it) for it in its)
-        rows.append(Row(rule, one, share, found[known], found[rule, "", 0.0] - found[known]))
+            accuracies, opened = zip(*(_trained(it, door) for it in its), strict=True)
+            found[known] = fmean(accuracies), fmean(opened)
+        accuracy, success = found[known]
+        if not isinstance(door, Backdoor):
+            success = found[rule, "", 0.0][0] - accuracy
+        rows.append(Row(rule, one, share, accuracy, success))
     result = Attacks(tuple(rows), seeds)
     return result if out is None else replace(result, plot=draw_attacks(result, out))
 
 
+def _of_rows(one: str) -> LabelFlip | Backdoor | None:
+    """The attack of rows that a text describes; None: another attack."""
+    if one.partition("(")[0].strip() not in _OF_ROWS:
+        return None
+    return grammar.parse(one, _OF_ROWS, kind="attack")  # type: ignore[no-any-return]
+
+
 def _attacked(it: Experiment, rule: str, one: str, share: float) -> Experiment:
+    rows = _of_rows(one)
+    if rows is not None and share:
+        own = {f.name: vars(rows)[f.name] for f in fields(rows) if f.name != "of"} | {"share": share}
+        words = ", ".join(f"{name}={value!r}" for name, value in own.items())
+        split = f"{type(rows).__name__}({words}, of={it.split})"
+        return it.override(split=split).with_settings({"plan.aggregator": rule})
     text = f"Attacked({rule}, {one}, share={share!r}, seed={it.seed})" if share else rule
     return it.with_settings({"plan.aggregator": text})
 
@@ -140,20 +172,28 @@ def _attacked(it: Experiment, rule: str, one: str, share: float) -> Experiment:
 class _Ended:
     """An observer that keeps the metrics of a run, also if the training diverged: under an attack that is a result."""
 
-    metrics: dict[str, float] | None = None
+    run: Any = None
 
     def end(self, run: Any) -> None:
-        self.metrics = dict(run.metrics)
+        self.run = run
 
 
-def _accuracy(it: Experiment) -> float:
+def _trained(it: Experiment, door: LabelFlip | Backdoor | None) -> tuple[float, float]:
+    """The accuracy, and the share of rows that the trigger of a backdoor turns into its target; NaN if it diverged."""
     ended = _Ended()
     try:
         it.train(out=None, baselines=False, report=False, progress="none", observers=(ended,))
     except RunError:
-        if ended.metrics is None:
+        if ended.run is None:
             raise
-    return (ended.metrics or {}).get("accuracy", math.nan)
+    accuracy = ended.run.metrics.get("accuracy", math.nan)
+    held_out = it.data().held_out
+    if not isinstance(door, Backdoor) or held_out is None or math.isnan(accuracy):
+        return accuracy, math.nan
+    x, y = held_out.take(torch.arange(len(held_out)))
+    outputs = outputs_of(ended.run.model, with_trigger(x[y != door.target], door.size, door.value))
+    chosen = outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
+    return accuracy, float((chosen == door.target).double().mean())
 
 
 def draw_attacks(found: Attacks, out: Path) -> Path:

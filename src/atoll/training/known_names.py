@@ -46,7 +46,9 @@ RECIPES = (
     ),
     *("fedyogi", "gd", "local_sgd", "newton", "post_local_sgd", "qffl", "scaffold", "sgd"),
 )
-PARTITIONS = ("ByColumn", "Dirichlet", "FeatureShift", "IID", "LabelFlip", "Pathological", "Quantity", "Shards")
+PARTITIONS = (
+    *("Backdoor", "ByColumn", "Dirichlet", "FeatureShift", "IID", "LabelFlip", "Pathological", "Quantity", "Shards"),
+)
 CALLS = {  # a call of each name that has required arguments
     "Dirichlet": "Dirichlet(0.3)",
     "FeatureShift": "FeatureShift(noise=0.1)",
