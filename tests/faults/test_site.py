@@ -76,11 +76,14 @@ def test_a_kill_between_the_memory_and_the_deletion_loses_nothing(tmp_path):
     assert again.prepared == [] and again.settled == bytes([1]) * 16 and not kept.exists()
 
 
-def test_a_lost_work_takes_the_later_ones_with_it(tmp_path):
+@pytest.mark.parametrize(("drop", "work"), [("drop", 2), ("drop_continued", 3)])
+def test_a_lost_work_takes_the_later_ones_with_it(drop, work, tmp_path):
+    """A refused message ends with the lost one that it continues. Else it would be made from the lost one again."""
     chain = begun(tmp_path)
     for number in (1, 2, 3):
         chain.prepare(one(number, chain.prepared[-1].link if chain.prepared else None))
-    chain.drop(bytes([2]) * 16)
+    getattr(chain, drop)(bytes([work]) * 16)
+    getattr(chain, drop)(bytes([9]) * 16)
     assert [p.work[0] for p in MemoryChain.open(tmp_path).prepared] == [1]
     assert [p.work[0] for p in chain.prepared] == [1]
 

@@ -59,6 +59,7 @@ class Schema:
         notes: sentences that state the guesses of the data set.
         input: the map from a user's rows to the tensors; None: `described` makes it from the other fields.
         known: the facts about the train rows of the sites, if they were gathered.
+        reads_rows: whether columns, levels or statistics of the input were read from rows of the data.
     Example:
         >>> from atoll.data import load
         >>> schema = Schema.of(load("digits").split(10))
@@ -80,6 +81,7 @@ class Schema:
     notes: tuple[str, ...] = ()
     input: Input | None = None
     known: TrainRows | None = None
+    reads_rows: bool = False
 
     def __repr__(self) -> str:
         held = 0 if self.held_out is None else len(self.held_out)
@@ -102,6 +104,7 @@ class Schema:
             data.held_out,
             data.notes,
             data.input or data.described(),  # from the rows: intensities are not known without them
+            reads_rows=data.reads_rows,
         )
 
     @classmethod
@@ -251,6 +254,7 @@ class Schema:
             self.features,
             self.columns,
             input=self.input,
+            reads_rows=self.reads_rows,
         )
 
 

@@ -382,7 +382,8 @@ class _Channel:
             case wire.Receipt(work=work, code=code) if code not in ("received", "quota"):
                 self.notify({"event": "refused", "work": work.hex(), "code": code})
                 self._end_sum((work,))
-                self._later(compute(self.site.chain.drop, work))
+                chain = self.site.chain
+                self._later(compute(chain.drop_continued if code == "predecessor" else chain.drop, work))
             case wire.Settled(works=works):
                 self._leases = {work: lease for work, lease in self._leases.items() if work not in works}
                 self._end_sum(works)

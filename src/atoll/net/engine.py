@@ -103,6 +103,7 @@ class ServerEngine(Engine):
         self.home = ServerHome.open(Path(spec.home))
         self.run, self.epoch = "", 0
         self.notify: Callable[[Mapping[str, Any]], None] = lambda facts: None
+        self.charge: Callable[[], None] = lambda: None  # for another attempt of a round with noise
         self.stop_at: float | None = None
         self._population = Population(0, torch.empty(0, dtype=torch.int64))
         self._present: dict[int, int] = {}
@@ -543,13 +544,20 @@ class ServerEngine(Engine):
             lambda flight, attempt: self._assign_sum(flight, plan, attempt),
             self._withdraw_works,
             lambda client, piece: self.net.handle(events.Stepping(client, piece)),
-            lambda attempt: database.put("attempt", f"{place}{attempt}"),
+            lambda attempt: self._begin_attempt(f"{place}{attempt}"),
             lambda clients: int(self._weights(plan, clients).sum()),
             self.spec.step_s,
             self.spec.keys_s,
             lambda: self._present,
             first,
         )
+
+    def _begin_attempt(self, attempt: str) -> None:
+        """Write an attempt to disk. If the one before it has received a contribution, the round is charged again."""
+        if self._sums is not None and self._sums.masked:
+            self._sums.masked = False
+            self.charge()
+        self.home.database.put("attempt", attempt)
 
     def _weights(self, plan: Plan, clients: list[int]) -> torch.Tensor:
         """The weights of clients, by their rows."""
@@ -835,6 +843,7 @@ class ServerEngine(Engine):
         decoded = decode_contribution(plan, form.from_bytes([message.body for message in group]))
         ids = Ids(torch.tensor([f.client for f in flights]), torch.tensor([f.again for f in flights]))
         rows = self.population.sizes[ids.client]
+        rows = torch.ones_like(rows) if plan.releases else rows  # with noise a client does not send its rows
         if not torch.equal(decoded.weight, rows):
             raise MessageError("Message: the weight differs from the number of rows.", "the rows of the client.")
         up = torch.tensor([len(message.body) for message in group])

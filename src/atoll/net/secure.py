@@ -175,6 +175,8 @@ class SumRound:
         keys_s: the seconds of presence that a client has for its keys, once enough others have sent theirs.
         present: returns the clients that are connected.
         first: the number of the first attempt.
+    Attributes:
+        masked: whether a client has sent its masked contribution.
     """
 
     def __init__(
@@ -196,7 +198,7 @@ class SumRound:
         self._keys_s, self._present = keys_s, present
         self._looked: float | None = None  # the time of the last count of owed seconds
         self._there: frozenset[int] = frozenset()  # the clients that were present then
-        self.attempt = first - 1
+        self.attempt, self.masked = first - 1, False
         self._flights: dict[int, Flight] = {}
         self._members: dict[bytes, _Member] = {}
         self._out: dict[int, str] = {}
@@ -290,6 +292,7 @@ class SumRound:
         except SessionError as error:
             self.lost(member.flight.client, f"{error.reason}: {error.given}")
         if MASKED in member.seen:
+            self.masked = True
             member.delivered = replace(message, body=b"")  # its words are in the running sum
         return MASKED in member.seen
 

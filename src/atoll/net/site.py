@@ -213,6 +213,14 @@ class MemoryChain:
         for i, one in reversed(list(enumerate(lost))):
             self._path(self.number + at + i + 1, one.work).unlink(missing_ok=True)
 
+    def drop_continued(self, work: bytes) -> None:
+        """Forget a message that continues a lost one, the lost one, and all messages after it.
+
+        A server with noise that is killed draws another cohort: the message of the lost round is then never committed.
+        """
+        at = next((i for i, one in enumerate(self.prepared) if one.work == work), None)
+        self.drop(work if at is None else self.prepared[max(0, at - 1)].work)
+
     def _path(self, number: int, work: bytes) -> Path:
         return self.home / "prepared" / f"{number:012d}-{work.hex()}"
 

@@ -93,11 +93,14 @@ class MessageForm:
                 "the length of a message must be known before it is read.",
                 "Gradient()",
             )
+        if plan.releases:  # nothing else leaves a client: `encode_contribution`
+            declared = {n: d for n, d in declared.items() if n == "update"}
         sends_update = "update" in declared
         codec = {**plan.codec.declare(layout), **plan.aggregator.added()} if sends_update else {}
         each = {n: d for n, d in {**codec, **declared}.items() if n != "update"}
         fields = {f"{d.kind}/{n}": Field(d.dtype, d.length) for n, d in each.items()}
-        counters = [e for e in layout.counters if sends_update and e.name not in layout.dropped]
+        counted = sends_update and not plan.releases
+        counters = [e for e in layout.counters if counted and e.name not in layout.dropped]
         shapes = {e.name: e.shape for e in counters}
         fields |= {f"counter/{e.name}": Field(e.dtype, e.size) for e in counters}
         if sends_update and "buffers" in declared:

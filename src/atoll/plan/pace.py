@@ -102,6 +102,16 @@ class Sync(Pace):
         return late and not self.partial and open.arrived >= self.quorum * open.wanted
 
 
+def counts_each(pace: Pace) -> bool:
+    """Whether each client of a cohort counts or not by itself: `Sync()`, or with a deadline only.
+
+    Example:
+        >>> counts_each(Sync(deadline_s=60)), counts_each(Sync(deadline_s=60, quorum=0.5))
+        (True, False)
+    """
+    return isinstance(pace, Sync) and pace == Sync(deadline_s=pace.deadline_s)
+
+
 @dataclass(frozen=True, repr=False)
 class staleness_polynomial(Value):
     """A function that returns the weight of an update that is s rounds late: (1 + s)^−power.

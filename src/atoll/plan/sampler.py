@@ -22,7 +22,7 @@ from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Part
 from atoll.base.random import Key
 from atoll.base.validation import plain_fields
-from atoll.plan.pace import Sync
+from atoll.plan.pace import counts_each
 from atoll.plan.protocols import Cohort, Conflict, Population, Sampler, Selection, Slots, Tensors
 
 
@@ -181,8 +181,8 @@ class Poisson(Sampler):
         return Selection("add or remove", rounds, self.q, self.q * clients)
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
-        """Refuse every pace except `Sync()`: the other paces need a cohort of fixed size."""
-        if slots.pace != Sync():
+        """Refuse every pace except `Sync()` and a deadline: the other paces need a cohort of fixed size."""
+        if not counts_each(slots.pace):
             why = "every client is selected independently, so the size of a cohort is not fixed."
             yield Conflict(f"{self!r} with {slots.pace!r}.", "Sync(), or a cohort of n clients.", why, "Sync()")
 

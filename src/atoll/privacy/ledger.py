@@ -244,7 +244,7 @@ class Budget:
                 raise RunError(
                     f"Round {round} would cost ε = {epsilon:.4g}, and the budget is {self.limit:g}.",
                     "a budget that is not spent.",
-                    "another run on the same population has spent it.",
+                    "another run on the same clients, or another attempt of the round, has spent it.",
                     Change("budget", _above(epsilon)),
                 )
             attempt = sum(row["run"] == self.run and row["round"] == round for row in self.ledger.rows)

@@ -6,15 +6,16 @@ Tests: tests/surface/test_private_runs.py
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from atoll.base.errors import UsageError
+from atoll.base.errors import RunError, UsageError
 from atoll.base.lines import Change, Line, Part
 from atoll.base.random import Key
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
+from atoll.engine.protocols import Engine
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import OPEN, Population
 from atoll.privacy.ledger import Budget, Ledger
@@ -32,7 +33,7 @@ CLIENTS_ROWS = (
 
 
 class Private(Protocol):
-    """The members of a training that `refuse_leaks` reads."""
+    """The members of a training that `notes_of` and `refuse_leaks` read."""
 
     @property
     def plan(self) -> Plan: ...
@@ -42,13 +43,17 @@ class Private(Protocol):
     def settings(self) -> Settings: ...
     @property
     def task(self) -> Task: ...
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def budget(self) -> Budget | None: ...
 
 
-def budget_of(plan: Plan, data: Any, settings: Settings) -> Budget | None:
+def budget_of(plan: Plan, data: Clients, settings: Settings) -> Budget | None:
     """The budget of a training; None if its plan releases nothing.
 
     Raises:
-        UsageError: a setting of privacy without a plan with noise, or numbers out of range.
+        UsageError: a setting of privacy without a plan with noise, an open run, or numbers out of range.
     """
     if not plan.releases:
         for name, value in (("budget", settings.budget), ("delta", settings.delta), ("ledger", settings.ledger)):
@@ -60,12 +65,13 @@ def budget_of(plan: Plan, data: Any, settings: Settings) -> Budget | None:
                     Part("Clip(1.0) >> Noise(1.0)", "codec"),
                 )
         return None
-    if not settings.spec.needs_rows:
+    clients = data.count if settings.spec.needs_rows else getattr(settings.spec, "clients", None)
+    if clients is None:
         raise UsageError(
-            f"{plan.codec!r} with the engine {settings.spec!r}.",
-            "an engine that trains all clients of one server.",
-            "the ledger is not part of a transaction of the network yet.",
-            Change("engine", "inprocess"),
+            f"{plan.codec!r} in an open run.",
+            "a closed run, whose clients are fixed.",
+            "the divisor of the sum and ε follow from the number of clients.",
+            Change("clients", 100),
         )
     if settings.ledger is not None and settings.randomness == "seed":
         raise UsageError(
@@ -75,22 +81,33 @@ def budget_of(plan: Plan, data: Any, settings: Settings) -> Budget | None:
             Change("randomness", "system"),
         )
     ledger = Ledger(None if settings.ledger is None else Path(settings.ledger))
-    return Budget(plan, data.count, settings.delta, settings.budget, ledger)
+    return Budget(plan, clients, settings.delta, settings.budget, ledger)
 
 
-def notes_of(plan: Plan, data: Clients, settings: Settings) -> tuple[str, ...]:
-    """The notes of a plan with noise: noise that is not private, rows that ε does not cover, and very small rounds.
+def check_clients(budget: Budget | None, clients: int) -> None:
+    """Refuse a federation with another number of clients than the one that the charges are for.
 
-    Args:
-        plan: the algorithm.
-        data: the clients.
-        settings: the settings of the training.
+    Raises:
+        RunError: the numbers differ.
     """
-    if not plan.releases:
+    if budget is not None and clients != budget.clients:
+        raise RunError(
+            f"The federation has {clients} clients, and the run with noise has clients = {budget.clients}.",
+            "the number of clients of the federation.",
+            "the divisor of the sum and ε follow from the number of clients.",
+            Change("clients", clients),
+        )
+
+
+def notes_of(training: Private) -> tuple[str, ...]:
+    """The notes of a plan with noise: noise that is not private, rows that ε does not cover, and very small rounds."""
+    plan, data, budget = training.plan, training.data, training.budget
+    if budget is None:
         return ()
-    clients = data.count
-    notes = [NOT_PRIVATE] if settings.randomness == "seed" else []
-    if data.names is not None and data.held_owner is not None and bool((data.held_owner >= 0).any()):
+    clients = budget.clients
+    notes = [NOT_PRIVATE] if training.settings.randomness == "seed" else []
+    owned = data.names is not None and data.held_owner is not None and bool((data.held_owner >= 0).any())
+    if owned or training.engine.judges:
         notes.append(CLIENTS_ROWS)
     chance = plan.sampler(Population(clients, torch.ones(clients, dtype=torch.int64)), 0, Key(0)).chance
     expected = float(chance.sum() if chance.dim() else chance * clients)

@@ -66,7 +66,7 @@ from atoll.training import stop as stops
 from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, join_clients, of_sites
 from atoll.training.inference import parameter_names
 from atoll.training.personal import check_tune, held_by_client, values_of_clients
-from atoll.training.privacy import CLAIM, NOT_PRIVATE, budget_of, notes_of, refuse_leaks
+from atoll.training.privacy import CLAIM, NOT_PRIVATE, budget_of, check_clients, notes_of, refuse_leaks
 from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, known_constant_loss, reference_rows
 from atoll.training.settings import Settings, SettingsDict, listed
 
@@ -168,6 +168,7 @@ class Training:
         self.state = State.first(plan, self.task, settings.seed, self.memory)
         self.plan, self._bound = plan, -1
         self.budget = budget_of(self.plan, self.data, settings)
+        self._spent: dict[str, float] = {}  # ε after the last charge
         if self.budget is not None:
             refuse_leaks(self)
         self.commits = True  # False: a recorder that commits every round reports its commits to the engine
@@ -196,12 +197,11 @@ class Training:
     @property
     def notes(self) -> tuple[str, ...]:
         """The choices that atoll made for the user: about the data, and about the model, the loss and the metrics."""
-        private = notes_of(self.plan, self.data, self.settings)
         few = self.by_client and self.evaluated.count < self.data.count
         some = (
             f"{self.evaluated.count} of {self.data.count} clients, drawn by the seed, are evaluated on their own rows."
         )
-        return (*private, *self.data.notes, *self.task.notes, *((some,) if few else ()))
+        return (*notes_of(self), *self.data.notes, *self.task.notes, *((some,) if few else ()))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -211,6 +211,7 @@ class Training:
     def _bind(self) -> None:
         """Bind the plan to the population, when it is known and each time that it has changed."""
         population = self.engine.population
+        check_clients(self.budget, population.clients)
         draw_cohort(self.plan, self.state, population, self.state.key())  # refuses a cohort that cannot be drawn
         self.plan, self._bound = bind(self.plan, self.engine, self.task), population.version
         self.engine.check_start(self.plan, self.state)
@@ -256,7 +257,7 @@ class Training:
         self.engine.await_clients(self.plan, self.state)
         if self.engine.population.version != self._bound:
             self._bind()
-        epsilon = self._charged()
+        self.charge()
         watched = self._runs_user_code and not self.settings.draws
         with user_scope(self.state.key().fold("user")) if self.settings.draws else user_modes():
             draws = GeneratorWatch() if watched else None
@@ -279,7 +280,7 @@ class Training:
                     raise
             clients = {**report.clients, **self._held_out_columns(report)}
             print_ = fingerprint(self.state.model.theta)
-            report = report.to(metrics={**metrics, **epsilon}, seconds=spent, fingerprint=print_, clients=clients)
+            report = report.to(metrics={**metrics, **self._spent}, seconds=spent, fingerprint=print_, clients=clients)
             if draws is not None and draws.found():
                 draws.restore()
                 self.state = before
@@ -295,12 +296,11 @@ class Training:
         found = self.values_by_client(report.clients["id"])
         return {n if n.startswith(HELD_OUT) else f"{HELD_OUT}{n}": values for n, values in found.items()}
 
-    def _charged(self) -> dict[str, float]:
-        """Charge the next round, in the primary process, and return ε after it. Empty without noise."""
-        if self.budget is None:
-            return {}
-        mine = self.budget.charge(self.state.round) if self.engine.primary else 0.0
-        return {"epsilon": float(self.engine.agree(repr(mine).encode()))}
+    def charge(self) -> None:
+        """Charge the next round, or another attempt of it, in the primary process. Nothing without noise."""
+        if self.budget is not None:
+            mine = self.budget.charge(self.state.round) if self.engine.primary else 0.0
+            self._spent = {"epsilon": float(self.engine.agree(repr(mine).encode()))}
 
     def _secrets(self) -> AbstractContextManager[None]:
         """The source of the secrets of rounds: the seed if the settings ask for it."""
@@ -550,7 +550,7 @@ class Training:
     @property
     def by_client(self) -> bool:
         """Whether the held-out rows of each client are evaluated."""
-        if self.data.held_owner is None or self.plan.releases or not self._shows_clients:
+        if self.data.held_owner is None or not self._shows_clients:
             return False
         personal = self.plan.local.trains_personal or self.settings.tune is not None
         return self.settings.evaluate is not None or self.data.names is not None or personal
@@ -558,6 +558,8 @@ class Training:
     @property
     def _shows_clients(self) -> bool:
         """Whether values of single clients may be reported. With a secure sum only on request: `M_min` is one."""
+        if self.plan.releases:
+            return False
         if self.settings.evaluate is None:
             return self.plan.aggregator.secure is None
         return self.settings.evaluate != "pooled"

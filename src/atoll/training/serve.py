@@ -272,7 +272,7 @@ class Serving:
         if self._job.scales is not None:
             self._gather(*self._job.scales)
         job, engine = self._job, self._engine
-        engine.notify = self._notify
+        engine.notify, engine.charge = self._notify, self._training.charge
         database, path = engine.home.database, engine.home.path
         secure = self._training.plan.aggregator.secure is not None
         store = RoundStore(database, lambda: engine.run, engine.accepted, secure)
