@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import atoll
 from atoll import recipes
 from atoll.base.errors import UsageError
 from atoll.data import IID, Clients
+from atoll.plan.conflicts import plan_conflicts
 from atoll.plan.plan import Plan
 from atoll.plan.registry import read_part
 
 PAGE = Path(__file__).with_suffix(".md")
 _HEAD = """# What combines with noise and a secure sum
 
-Each row changes one part of a plan that builds. A cell is `builds`, or the reason of the refusal. The error also has a
-line that builds.
+Each row changes one part of a plan that builds. A cell is `builds`, or the reasons of the refusal. The error has
+the first one, and a line that builds.
 
 - **noise**: `Clip(1.0) >> Noise(1.0)`, `Poisson(0.1)`, `Mean("equal", over="expected")`.
 - **secure sum**: `Clip(1.0)`, `Uniform(100)`, `Mean("equal", secure=True)`. **both**: noise and `secure=True`.
@@ -74,14 +76,20 @@ def _rows(column: str) -> Iterator[tuple[str, str, object]]:
 
 
 def reason(column: str, slot: str, change: object, data: Clients) -> str:
-    """The reason of the refusal of a plan; empty if the first round can begin."""
+    """All reasons of the refusal of a plan; empty if the first round can begin."""
+    base = _base(column)
+    if isinstance(change, str):
+        start, parts = base, {slot: read_part(change)}
+    else:
+        start, parts = change(0.1), {"codec": base.codec, "aggregator": base.aggregator, "cohort": base.cohort}
+    slots = SimpleNamespace(**{**vars(start), **parts})
+    slots.sampler = slots.cohort
+    conflicts = list(plan_conflicts(slots))
+    if conflicts:
+        return "; ".join(dict.fromkeys(conflict.why.rstrip(".") for conflict in conflicts))
     try:
-        if isinstance(change, str):
-            plan = replace(_base(column), **{slot: read_part(change)})
-        else:
-            own, base = change(0.1), _base(column)
-            plan = replace(own, codec=base.codec, aggregator=base.aggregator, cohort=base.cohort)
-        with atoll.rounds("softmax", data, plan, rounds=1):
+        fleet = "Fleet()" if slot == "pace" else None  # a deadline needs a clock
+        with atoll.rounds("softmax", data, replace(start, **parts), rounds=1, fleet=fleet):
             return ""
     except UsageError as error:
         if " is called " in error.given:  # an error of this program, not a refusal

@@ -75,19 +75,24 @@ def check_plan(slots: Slots) -> None:
     }
     for slot, part in parts.items():
         check_part(slot, part)
-    for slot, part in parts.items():
-        if slot != "downlink":  # a downlink has no aggregator and no clients: its rules are all in `_downlink`
-            for conflict in _conflicts_of(slot, part, slots):
-                raise UsageError(*conflict)
-    for conflict in (
-        *_backend(slots),
-        *_codec(slots),
-        *_values(slots),
-        *_pace(slots),
-        *_downlink(slots),
-        *_sends(slots),
-    ):
+    for conflict in plan_conflicts(slots):
         raise UsageError(*conflict)
+
+
+def plan_conflicts(slots: Slots) -> Iterator[Conflict]:
+    """All conflicts of a plan. The first one is the error of its construction."""
+    parts = (
+        ("local", slots.local),
+        ("aggregator", slots.aggregator),
+        ("optimizer", slots.optimizer),
+        ("cohort", slots.sampler),
+        ("codec", slots.codec),
+        ("pace", slots.pace),
+    )
+    for slot, part in parts:  # a downlink has no aggregator and no clients: its rules are all in `_downlink`
+        yield from _conflicts_of(slot, part, slots)
+    for rules in (_backend, _codec, _values, _pace, _downlink, _sends):
+        yield from rules(slots)
 
 
 def check_part(slot: str, part: Any) -> None:

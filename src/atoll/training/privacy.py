@@ -16,6 +16,7 @@ from atoll.base.random import Key
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.protocols import Engine
+from atoll.net.spec import Server
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import OPEN, Population
 from atoll.privacy.ledger import Budget, Ledger
@@ -65,7 +66,7 @@ def budget_of(plan: Plan, data: Clients, settings: Settings) -> Budget | None:
                     Part("Clip(1.0) >> Noise(1.0)", "codec"),
                 )
         return None
-    clients = data.count if settings.spec.needs_rows else getattr(settings.spec, "clients", None)
+    clients = settings.spec.clients if isinstance(settings.spec, Server) else data.count
     if clients is None:
         raise UsageError(
             f"{plan.codec!r} in an open run.",
