@@ -85,55 +85,45 @@ def use(wheel: Path, folder: Path) -> list[str]:
     """Install the wheel into a new environment and run its commands. Returns the names of its distributions."""
     home = folder / "environment"
     run(sys.executable, "-m", "venv", str(home), cwd=folder)
-    python, work = str(home / "bin" / "python"), folder / "work"
-    work.mkdir()
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "ATOLL"))}
-    variables["ATOLL_CACHE"] = str(folder / "cache")
-    run(
-        python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel), cwd=folder, env=variables
-    )
+    pip = (str(home / "bin" / "python"), "-m", "pip")
+    run(*pip, "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel), cwd=folder, env=variables)
+    listed = json.loads(run(*pip, "list", "--format", "json", cwd=folder, env=variables))
+    try_commands(home, folder, {**variables, "ATOLL_CACHE": str(folder / "cache")})
     for names in NEIGHBOURS:  # only the metadata are downloaded
         print(f"next to {' and '.join(names)}", flush=True)
-        run(python, "-m", "pip", "install", "-q", "--dry-run", str(wheel), *names, cwd=folder, env=variables)
-    listed = json.loads(run(python, "-m", "pip", "list", "--format", "json", cwd=folder, env=variables))
-    atoll = str(home / "bin" / "atoll")
+        run(*pip, "install", "-q", "--dry-run", str(wheel), *names, cwd=folder, env=variables)
+    return sorted(each["name"] for each in listed if each["name"] not in TOOLS)
+
+
+def try_commands(home: Path, folder: Path, variables: dict[str, str]) -> None:
+    """Run the first program of the README and the commands, outside of the repository."""
+    atoll, work, cache = str(home / "bin" / "atoll"), folder / "work", folder / "cache"
+    work.mkdir()
 
     def command(*words: str, **more: str) -> str:
         print(f"$ atoll {' '.join(words)}", flush=True)
         return run(atoll, *words, cwd=work, env={**variables, **more})
 
-    require(command("--version").strip() in wheel.name, "the version of the wheel")
+    require(f"-{command('--version').strip()}-" in next(folder.glob("first/*.whl")).name, "the version of the wheel")
     first = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     require(first is not None, "the README has a program")
-    run(python, "-c", first[1] if first else "", cwd=work, env=variables)
-    command("run", "--data", "wine", "--clients", "3", "--rounds", "2", "--quiet")
-    built = sorted(f.name for f in (folder / "cache").rglob("*.so"))
-    require(bool(built), "the C code was built")
-    command("run", "--data", "wine", "--clients", "3", "--rounds", "2", "--quiet")
-    require(built == sorted(f.name for f in (folder / "cache").rglob("*.so")), "the C code was built once")
-    command(
-        "run",
-        "--data",
-        "wine",
-        "--clients",
-        "3",
-        "--rounds",
-        "2",
-        "--quiet",
-        CC="absent",
-        ATOLL_CACHE=str(folder / "none"),
-    )
+    run(str(home / "bin" / "python"), "-c", first[1] if first else "", cwd=work, env=variables)
+    train = ("run", "--data", "wine", "--clients", "3", "--rounds", "2", "--quiet")
+    command(*train, "--set", "numerics=compiled")
+    built = sorted(f.name for f in cache.rglob("*.so"))
+    command(*train, "--set", "numerics=compiled")
+    require(bool(built) and built == sorted(f.name for f in cache.rglob("*.so")), "the C code was built once")
+    command(*train, CC="absent", ATOLL_CACHE=str(folder / "none"))
     rows = "\n".join(",".join("1" for _ in range(13)) for _ in range(3))
     (work / "rows.csv").write_text(f"{heads(work)}\n{rows}\n")
-    answer = command("predict", "latest", "rows.csv")
-    require(len(answer.strip().splitlines()) == 4, "three predicted rows")
+    require(len(command("predict", "latest", "rows.csv").strip().splitlines()) == 4, "three predicted rows")
     command("new", "study")
     command("run", "study/experiment.toml", "--rounds", "1", "--quiet")
     page = subprocess.Popen([atoll, "ui", "--json", "--no-open"], cwd=work, env=variables, stdout=subprocess.PIPE)
     require(page.stdout is not None and b'"url"' in page.stdout.readline(), "atoll ui prints its address")
     page.terminate()
     page.communicate(timeout=30)
-    return sorted(each["name"] for each in listed if each["name"] not in TOOLS)
 
 
 def heads(work: Path) -> str:

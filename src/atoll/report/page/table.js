@@ -46,6 +46,7 @@ export function sortedTable(caption, first, names, columns, state, pick) {
   });
   fill();
   const omitted = names.length > 500 ? " The first 500 rows in this order are shown." : "";
-  return element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
+  const tall = !pick && names.length > 20 ? " tall" : "";
+  return element("div", { class: "scroll" + tall, tabindex: 0, role: "region", "aria-label": caption },
     element("table", {}, element("caption", {}, caption + omitted), element("thead", {}, element("tr", {}, heads)), body));
 }
