@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import ssl
 import time
@@ -57,6 +58,7 @@ def reset_peak() -> None:
 
 def transport(pipe: Any, home: Path, clients: int, down: int, up: int, window: int = 256 << 20) -> None:
     """A server without `step`: rounds of the coordinator, each committed. Commands: a number of rounds, stop."""
+    gc.freeze()  # as `atoll serve` does
     at = ServerHome.open(home)
     epoch = at.database.begin_epoch(int(time.time()))
     coordinator = Coordinator(epoch, at.database.federation, own_versions(), Limits(window=window))
@@ -159,6 +161,7 @@ def real(pipe: Any, home: Path, settings: dict[str, str], block: int, spec: dict
                 lag[0].seconds.clear()
                 moments.append(time.perf_counter())
 
+    gc.freeze()  # as `atoll serve` does
     original = ServerEngine.begin
     ServerEngine.begin = begin  # type: ignore[method-assign]
     ServerEngine.gather = timed(ServerEngine.gather, gathers)  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ import pytest
 
 from atoll.base.errors import UsageError
 from atoll.cli import main
+from atoll.net.home import ServerHome
 from atoll.net.spec import Server
 
 
@@ -30,6 +31,22 @@ def test_an_invitation_works_without_a_running_server(capsys, tmp_path):
     assert run(capsys, "revoke", "north", "--home", home)[0] == 0
     assert json.loads(run(capsys, "status", "--home", home, "--json")[1])["clients"][0]["state"] == "revoked"
     assert run(capsys, "verify", "--home", home, "--json")[0] == 0
+
+
+def test_a_token_names_each_host_that_the_server_was_given(tmp_path):
+    at = ServerHome.open(tmp_path / "hospitals", serve=False)
+    try:
+        at.database.put("address", "10.0.0.5:4433")
+        at.database.put("hosts", json.dumps(["a.example", "::5"]))
+        assert at.invite("north", None, None, 1).addresses == ("10.0.0.5:4433", "a.example:4433", "[::5]:4433")
+        at.database.put("address", "0.0.0.0:4433")
+        assert at.invite("north", None, None, 1).addresses == ("a.example:4433", "[::5]:4433")
+        at.database.put("hosts", json.dumps([name * 50 for name in "abcd"]))
+        token = at.invite("north", None, None, 1)
+        assert len(token.text()) <= 300 and token.addresses[0] == "a" * 50 + ":4433" and len(token.addresses) < 4
+        assert at.invite("north", "b.example:1", None, 1).addresses == ("b.example:1",)
+    finally:
+        at.close()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ Tests: tests/faults/test_rehearsal.py
 
 from __future__ import annotations
 
+import json
 import queue
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -174,6 +175,7 @@ class ServerEngine(Engine):
         host, port = self.home.listen_address(spec.listen)
         address = self._net.start(host, port)
         database.put("address", address)
+        database.put("hosts", json.dumps(spec.hosts))
         if spec.clients is not None:
             database.put("clients", str(spec.clients))
         self._open.enter_context(ended_at_exit(lambda: self._stop_in(0.0)))

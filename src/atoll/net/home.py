@@ -23,6 +23,7 @@ from atoll.net import identity
 from atoll.net.store import Database, claim_home
 
 DAY = 86400
+MOST_ADDRESSES = 8  # of a token
 
 
 class ServerHome:
@@ -135,19 +136,43 @@ class ServerHome:
                 port = last_port  # a restart keeps its address, which tokens contain
         return host.strip("[]"), int(port)
 
+    def addresses(self) -> tuple[str, ...]:
+        """The addresses at which sites may reach the server: where it listened, and its further names.
+
+        A server that listens on all addresses is dialled by its names. A token has place for a few of them.
+        """
+        listened = self.database.get("address")
+        if listened is None:
+            return ()
+        host, _, port = listened.rpartition(":")
+        names = json.loads(self.database.get("hosts") or "[]")
+        named = [f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name in names]
+        every = named if named and host in ("0.0.0.0", "[::]") else [listened, *named]
+        return tuple(dict.fromkeys(every))[:MOST_ADDRESSES]
+
+    def _token(self, addresses: tuple[str, ...], name: str, expires: int) -> identity.Token:
+        """A token with as many of these addresses as it has place for."""
+        fixed = self.authority.fingerprint, self.database.federation, name, expires
+        token = identity.new_token(addresses, *fixed)
+        while len(addresses) > 1 and not token.is_short:
+            addresses = addresses[:-1]
+            token = identity.new_token(addresses, *fixed)
+        return token
+
     def invite(self, name: str, address: str | None, san: str | None, days: float) -> identity.Token:
         """Make a token for a client.
 
         Args:
             name: the name of the client.
-            address: the address that sites dial; None: the one that the server listens on.
+            address: the address that sites dial; None: the one that the server listens on, and the names in its
+                certificate.
             san: the alternative name of its certificate under an existing authority; None: atoll's own.
             days: the days until the token expires.
         Raises:
             UsageError: a name or the address is not valid, or the run has no further place.
         """
-        known = address or self.database.get("address")
-        if known is None:
+        known = self.addresses() if address is None else (address,)
+        if not known:
             raise UsageError(
                 f"The server of {self.path} has never listened.",
                 "the address that sites dial.",
@@ -156,7 +181,7 @@ class ServerHome:
             )
         clients = self.database.get("clients")
         expires = int(time.time() + days * DAY)
-        token = identity.new_token([known], self.authority.fingerprint, self.database.federation, name, expires)
+        token = self._token(known, name, expires)
         limit = None if clients is None else int(clients)
         self.database.invite(name, identity.secret_hash(token.secret), expires, san, limit)
         return token

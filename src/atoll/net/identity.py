@@ -124,16 +124,24 @@ class Token:
         Raises:
             UsageError: the names and addresses are too long.
         """
-        values = (self.addresses, self.authority, self.federation, self.name, self.secret, self.expires)
-        body = msgspec.msgpack.encode(values)
-        text = _PREFIX + base64.urlsafe_b64encode(body + sha256(body).digest()[:_CHECK]).decode().rstrip("=")
-        if len(text) > MAX_TOKEN:
+        text = self._written()
+        if not self.is_short:
             raise UsageError(
                 f"The token of {self.name!r} has {len(text)} characters.",
                 f"at most {MAX_TOKEN} characters.",
                 "longer texts are cut when they are pasted; names and addresses make it long.",
             )
         return text
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the text has at most 300 characters."""
+        return len(self._written()) <= MAX_TOKEN
+
+    def _written(self) -> str:
+        values = (self.addresses, self.authority, self.federation, self.name, self.secret, self.expires)
+        body = msgspec.msgpack.encode(values)
+        return _PREFIX + base64.urlsafe_b64encode(body + sha256(body).digest()[:_CHECK]).decode().rstrip("=")
 
     @classmethod
     def read(cls, text: str) -> Token:

@@ -53,6 +53,7 @@ COLLECT_S = 0.01  # seconds in which a contribution waits for others of its roun
 HEAD_S = 10.0  # from the opening of a connection to the end of its first request's head, also for the handshake
 BODY_S = 10.0  # in which the body of an enrolment arrives, and at least `FLOOR` bytes of an upload
 FLOOR = 10 << 10
+PROGRESS_S = 0.5  # between two reports of the progress of an upload
 ROTATED_S = 86400.0  # between two certificates of a running server
 HASH_APART = 1 << 20  # a longer message is hashed in another thread, so that the loop goes on
 _INSTITUTION = (
@@ -768,7 +769,7 @@ class Listener:
                 hash = wire.digest(data)
             self._event(events.Uploaded(upload.number, hash, data))
             del data
-            code = await asyncio.wait_for(upload.decided, 10)
+            code = upload.decided.result() if upload.decided.done() else await asyncio.wait_for(upload.decided, 10)
             return web.Response(status=wire.HTTP_STATUS.get(code, 429), text=code)
         except (ConnectionError, TimeoutError, asyncio.CancelledError):
             self._event(events.Aborted(upload.number))
@@ -777,25 +778,30 @@ class Listener:
             self._uploads.pop(upload.number, None)
 
     async def _read_body(self, request: web.Request, upload: _Upload, partial: _Partial) -> None:
-        view, total = memoryview(partial.data), len(partial.data)
-        due, least = time.monotonic() + BODY_S, partial.filled + FLOOR
-        while partial.filled < total:
-            async with asyncio.timeout(BODY_S):
+        view, total, clock = memoryview(partial.data), len(partial.data), time.monotonic
+        reported = clock()
+        due, least, sent = reported + BODY_S, partial.filled + FLOOR, partial.filled
+        async with asyncio.timeout(BODY_S) as limit:
+            while partial.filled < total:
                 piece = await request.content.readany()
-            if time.monotonic() >= due:
-                if partial.filled < least:
-                    raise ConnectionResetError("the upload is too slow")
-                due, least = time.monotonic() + BODY_S, partial.filled + FLOOR
-            end = partial.filled + len(piece)
-            if not piece:
-                raise ConnectionResetError("the upload ended early")
-            if end > total:
-                raise web.HTTPRequestEntityTooLarge(max_size=total, actual_size=end)
-            view[partial.filled : end] = piece
-            partial.filled = end
-            self._event(events.UploadProgress(upload.number, len(piece)))
-            if upload.decided.done():
-                raise ConnectionResetError("the upload was ended")
+                now = clock()
+                if now >= due:
+                    if partial.filled < least:
+                        raise ConnectionResetError("the upload is too slow")
+                    due, least = now + BODY_S, partial.filled + FLOOR
+                end = partial.filled + len(piece)
+                if not piece:
+                    raise ConnectionResetError("the upload ended early")
+                if end > total:
+                    raise web.HTTPRequestEntityTooLarge(max_size=total, actual_size=end)
+                view[partial.filled : end] = piece
+                partial.filled = end
+                if now - reported >= PROGRESS_S:  # the coordinator waits for longer, and a fast upload has many pieces
+                    self._event(events.UploadProgress(upload.number, end - sent))
+                    reported, sent = now, end
+                    limit.reschedule(asyncio.get_running_loop().time() + BODY_S)
+                if upload.decided.done():
+                    raise ConnectionResetError("the upload was ended")
 
     def _settle_upload(self, number: int, code: Any) -> None:
         upload = self._uploads.get(number)
@@ -873,8 +879,13 @@ async def _listening(host: str, port: int) -> socket.socket:
 
 
 def _own_names(host: str) -> tuple[str, ...]:
-    """The names under which clients on this machine dial a server that listens on this host."""
-    return ("127.0.0.1", "::1", "localhost") if host in ("0.0.0.0", "::", "") else (host, "127.0.0.1", "localhost")
+    """The names and addresses under which clients dial a server that listens on this host."""
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1", "::1", "localhost"
+    found: list[str] = []
+    with contextlib.suppress(OSError):  # the server does not listen then
+        found = [str(place[4][0]) for place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    return host, *(address for address in found if "%" not in address), "127.0.0.1", "localhost"
 
 
 def _most_connections() -> int:

@@ -275,11 +275,13 @@ class Recorder:
         checkpoint.
 
         Args:
-            error: the error. A `KeyboardInterrupt` is recorded as "interrupted", any other error as "failed".
+            error: the error. A `KeyboardInterrupt` is recorded as "interrupted", any other error as "failed". An error
+                of the disk only interrupts a run whose rounds are in a store.
         """
         if self.folder is None:
             return
-        interrupted = isinstance(error, KeyboardInterrupt)
+        of_disk = self.store is not None and isinstance(error.__cause__, OSError)
+        interrupted = isinstance(error, KeyboardInterrupt) or of_disk
         with (
             contextlib.suppress(RunError),
             contextlib.closing(self.folder),

@@ -251,13 +251,23 @@ class Serving:
         except AtollError as error:
             from atoll.net.store import StorageError
 
-            if isinstance(error, StorageError):  # the run is not over: the next start continues it
+            full = isinstance(error, RunError) and isinstance(error.__cause__, OSError) and self.run is None
+            if full or isinstance(error, StorageError):  # the run is not over: the next start continues it
                 with suppress(StorageError):
                     self._engine.finish("draining", "the disk of the server failed; it continues after a restart")
+                if full and not isinstance(error, StorageError):
+                    raise self._interrupted(error) from error
             elif self.run is None:
                 self._engine.finish("failed", str(error.given))
                 self._forget(error)
             raise
+
+    def _interrupted(self, error: AtollError) -> RunError:
+        """The error of a run whose folder cannot be written: its committed rounds are in the database."""
+        home = self._engine.home.path
+        again = Line(f"atoll.serve(model, data, plan, home={str(home)!r})", f"atoll serve --home {home}")
+        why = "the run is interrupted: its committed rounds are intact, and the next start continues after them."
+        return RunError(error.given, "space on the disk, and permission to write.", why, again)
 
     def _forget(self, error: AtollError) -> None:
         """A failed run is over. A run that was refused can continue with other settings."""
