@@ -16,7 +16,8 @@ from atoll.base.random import Key
 from atoll.plan import Plan
 from atoll.plan.aggregate import Masks, Mean, exact
 from atoll.plan.aggregate.ring import Grid, grid_of, largest_bits, numbers_of, rounded, words_of
-from atoll.plan.codec import Quantize
+from atoll.plan.codec import Clip, Quantize, RandomK, Rotate
+from atoll.plan.codec.stage import flat_layout
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Buffered
@@ -128,6 +129,17 @@ def test_a_secure_sum_changes_a_model_by_its_rounding_only(digits) -> None:
     difference = (_theta(secure) - _theta(plain)).abs().max()
     assert 0 < float(difference) < 3 * 8.0 * 2**-12
     assert secure.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [RandomK(0.25), RandomK(0.25, unbiased=False), Rotate()])
+def test_a_linear_stage_after_a_clip_keeps_a_bound(digits, stage) -> None:
+    """|encode(x)| ≤ gain · |x|, with equality for one coordinate: the grid of the sum follows, and nothing is cut."""
+    bound = stage.bind(flat_layout(64), before=Declared(64, torch.float32, "mean", 1.0))
+    norms = bound.encode(torch.eye(64), {}, {}, Key(3))[0].norm(dim=1)
+    assert float(norms.max()) == pytest.approx(bound.declare(flat_layout(64))["update"].bound, rel=1e-6)
+    plans = [_plan(codec=Clip(1.0) >> stage, aggregator=Mean("equal", secure=secure)) for secure in (True, False)]
+    secure, plain = (_run(digits, plan, rounds=1) for plan in plans)
+    assert 0 < float((_theta(secure) - _theta(plain)).abs().max()) < 2**-18
 
 
 def test_chunks_change_no_bit(digits) -> None:

@@ -216,7 +216,7 @@ class Noise(Codec):
         return 1.0
 
     def declare(self, layout: Layout) -> Mapping[str, Declared]:
-        return {"update": self.before} if self.binding else super().declare(layout)
+        return self.bounded(layout)
 
     def event(self, cohort: float) -> Release | None:
         return Release(self.z, update=True)

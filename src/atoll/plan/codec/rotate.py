@@ -5,6 +5,7 @@ Tests: tests/identities/test_codecs.py, tests/identities/test_codec_algebra.py
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from atoll.base.random import Key
 from atoll.compute.layout import Layout
 from atoll.plan.codec import grid
 from atoll.plan.codec.stage import Codec, Encoded
-from atoll.plan.protocols import Tensors
+from atoll.plan.protocols import Declared, Tensors
 
 BLOCK = 4096
 TILE = 2  # groups per transform: each step adds one half of the numbers to the other half
@@ -181,6 +182,9 @@ class Rotate(Codec):
 
     def gain(self, layout: Layout) -> float:
         return 1.0
+
+    def declare(self, layout: Layout) -> Mapping[str, Declared]:
+        return self.bounded(layout)
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
         rotation = Rotation(key.shared().state(), x.shape[-1], self.block, x)

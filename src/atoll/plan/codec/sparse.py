@@ -5,7 +5,7 @@ Tests: tests/identities/test_codecs.py, tests/rates/test_codec_theory.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from atoll.plan.codec import grid
 from atoll.plan.codec.pack import index_flaws, index_length, pack_index, unpack_index
 from atoll.plan.codec.stage import Codec, Encoded, flat_layout
 from atoll.plan.form import Field, Form, reject
-from atoll.plan.protocols import Tensors
+from atoll.plan.protocols import Declared, Tensors
 
 
 def magnitude(x: Tensor) -> Tensor:
@@ -188,6 +188,9 @@ class RandomK(Codec):
 
     def gain(self, layout: Layout) -> float:
         return layout.d / _count(self.fraction, layout.d) if self.unbiased else 1.0
+
+    def declare(self, layout: Layout) -> Mapping[str, Declared]:
+        return self.bounded(layout)
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
         kept = x.index_select(-1, self.support(key, x.shape[-1], x.device))

@@ -134,6 +134,16 @@ class Codec(Stage):
         """The codecs that this one contains, in the order in which a client runs them."""
         return ()
 
+    def bounded(self, layout: Layout) -> Mapping[str, Declared]:
+        """The declaration of a stage whose payload has no larger norm than its decoded update: |payload| ≤ gain · |x|.
+
+        Args:
+            layout: the layout of the vector that the stage encodes.
+        """
+        sent = Declared(self.output_layout(layout).d, layout.dtype, "mean")
+        bound = self.before.bound if self.binding else None
+        return {"update": sent if bound is None else sent._replace(bound=bound * self.gain(layout))}
+
     def contraction(self) -> Codec:
         """This codec if it is a contraction: E|x − C(x)|² < |x|² for every x. Otherwise a variant that is one."""
         return self
@@ -215,7 +225,7 @@ class Identity(Codec):
     lossless = True
 
     def declare(self, layout: Layout) -> Mapping[str, Declared]:
-        return {"update": self.before} if self.binding else super().declare(layout)
+        return self.bounded(layout)
 
     def gain(self, layout: Layout) -> float:
         return 1.0
