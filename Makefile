@@ -33,12 +33,10 @@ demo: .venv/.core ## train on the digits, 100 clients, beside pooled and local-o
 	.venv/bin/atoll run --baselines --out runs
 
 test: .venv/.dev ## install what tests need, run the quick tests and the examples in docstrings
-	$(PYTEST) -n $(WORKERS) $(PLAIN) -m "not slow" $(addprefix --ignore=,$(CHECKED) tests/surface/test_typing.py)
-	$(PYTEST) -n $(WORKERS) --doctest-modules src/atoll
+	$(PYTEST) -n $(WORKERS) $(PLAIN) -m "not slow" --doctest-modules tests src/atoll $(addprefix --ignore=,$(CHECKED) tests/surface/test_typing.py)
 
 test-all: .venv/.dev ## the same with the slow tests
-	$(PYTEST) -n $(WORKERS)
-	$(PYTEST) -n $(WORKERS) --doctest-modules src/atoll
+	$(PYTEST) -n $(WORKERS) --doctest-modules tests src/atoll
 
 sanitize: .venv/.dev ## run the tests of native code under the address and undefined-behaviour sanitizers
 	tests/sanitize.sh $(PY)

@@ -14,6 +14,7 @@ import os
 import sys
 
 import pytest
+from _pytest.doctest import DoctestModule
 from cyclopts import App
 from cyclopts.argument import ArgumentCollection
 from hypothesis import HealthCheck, settings
@@ -40,6 +41,13 @@ def known_secrets():
 
     with entropy_source(known_entropy(0)):
         yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file():
+    """Only modules of the package have examples: `--doctest-modules` does not search those of tests."""
+    found = yield
+    return [each for each in found if not isinstance(each, DoctestModule)]
 
 
 def pytest_collection_finish():

@@ -152,9 +152,11 @@ def test_every_route_and_verb_refuses_a_peer_without_rights(peer, credential):
     certificate = made[credential]()
     # An upload of another client is unknown, a blob that only its work names too; its channel is not for sale.
     allowed = {"none": {401}, "revoked": {403}, "other client": {204, 404, 410, 411, 400, 426}}.get(credential, {0})
+    # TLS ends the connection of a wrong certificate before it reads a request.
+    verbs = {"none": METHODS, "expired": ("GET",), "other authority": ("GET",)}.get(credential, ("GET", "HEAD", "PUT"))
     paths = (*GUARDED, "/", "/v1/enrol/", "/metrics", "/v1/blobs/../ca.key", "/v1/messages/" + "g" * 32)
     for path in (*paths, f"/v1/blobs/{peer.model.hash.hex()}"):
-        for method in METHODS if credential == "none" else ("GET", "HEAD", "PUT"):
+        for method in verbs:
             if credential == "other client" and path in ("/v1/link", "/v1/renew"):
                 continue
             status = peer.answer(certificate, request(method, path, "Content-Length: 0", RANGE, "Connection: close"))

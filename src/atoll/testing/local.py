@@ -149,7 +149,7 @@ def _check_chunk(part: Any, task: Task, data: Clients, ids: Tensor) -> None:
         _check_contribution(subject, given, data.sizes[ids], layout)
         check_declared(subject, part.declare(task), given.means, given.sums)
         same_names(f"{subject}: memory", first, after, (k,))
-        for i in range(k if t == 0 else 0):
+        for i in range(k if t == 0 and k > 1 else 0):
             one = ids[i : i + 1]
             single = part.contribute(broadcast, _lanes(task, data, one), row(memory, i), key.of(one), task)
             require(
