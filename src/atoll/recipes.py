@@ -20,6 +20,7 @@
 | `feddyn` | a sample | as `fedavg`, `correction=Dynamic(alpha)` | `Mean()` | `sgd(1.0)` |
 | `fednova` | a sample | as `fedavg`, `correction=Normalised()` | `Mean()` | `sgd(server_lr)` |
 | `fedexp` | a sample | as `fedavg`, `correction=Extrapolated(eps)` | `Mean()` | `sgd(1.0)` |
+| `mimelite` | a sample | as `fedavg`, `correction=MimeLite(beta)` | `Mean()` | `sgd(server_lr)` |
 | `qffl` | a sample | as `fedavg`, `correction=Fair(q)` | `Mean()` | `sgd(server_lr)` |
 | `fedlc` | a sample | as `fedavg`, `correction=Calibrated(tau, form)` | `Mean()` | `sgd(server_lr)` |
 | `newton` | all | `Newton(l2)` | `Mean()` | `sgd(1.0)` |
@@ -54,6 +55,7 @@ from atoll.plan.local import (
     Extrapolated,
     Fair,
     Gradient,
+    MimeLite,
     Newton,
     Normalised,
     Proximal,
@@ -606,6 +608,30 @@ def qffl(
 
 
 @_recipe
+def mimelite(
+    lr: Rate = 0.1,
+    epochs: Epochs = 1,
+    batch: Batch = 10,
+    cohort: Cohort = None,
+    server_lr: ServerRate = 1.0,
+    beta: float = 0.9,
+) -> Plan:
+    """MimeLite: federated averaging in which clients use the momentum of the server in each step.
+
+    y ← y − lr·(∇ℓ(y) + beta·m),  m the momentum of the gradients of the clients at θ
+
+    Args:
+        beta: the momentum, in [0, 1); 0 is federated averaging.
+    Example:
+        >>> mimelite(0.1).local.correction
+        MimeLite()
+
+    Reference: Karimireddy et al., Mime: Mimicking Centralized Stochastic Algorithms in Federated Learning, 2020.
+    """
+    return _corrected(MimeLite(beta), rules.sgd(lr), epochs, batch, cohort, server_lr)
+
+
+@_recipe
 def fedlc(
     lr: Rate = 0.1,
     epochs: Epochs = 1,
@@ -771,6 +797,7 @@ RECIPES = (
     fednova,
     fedexp,
     qffl,
+    mimelite,
     fedlc,
     newton,
     fedper,

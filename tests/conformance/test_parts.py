@@ -66,6 +66,7 @@ CORRECTIONS = [
     local.Calibrated(1.0, form="quarter") >> local.Proximal(0.5) >> local.Normalised(),
     local.Ditto(0.5),
     local.Fair(1.0),
+    local.MimeLite(0.5),
 ]
 OURS = {
     check_sampler: [

@@ -26,6 +26,7 @@ from atoll.plan.local import (
     Dynamic,
     Extrapolated,
     Fair,
+    MimeLite,
     Normalised,
     Proximal,
     Scaffold,
@@ -360,6 +361,56 @@ def test_a_model_without_an_output_bias_is_refused():
         run(PLANS["fedlc"], InProcessEngine(task, data))
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_mimelite_with_one_step_is_gradient_descent_with_momentum(decay):
+    """Of clients of unequal numbers of rows, and of one client."""
+    data = clients(3, 40)
+    local = Train(sgd(LR, weight_decay=decay), steps=1, batch=None, correction=MimeLite(0.8))
+    for some in (data, federation(data.rows.x, data.rows.y, (len(data.rows),))):
+        task = task_of(nn.Linear(D, 1, bias=False).double(), some, "loop")
+        theta = task.initial().theta.clone().requires_grad_()
+        found = run(Plan(local, Mean()), InProcessEngine(task, some), 12)[0].model.theta
+        descent = torch.optim.SGD([theta], lr=LR, momentum=0.8, weight_decay=decay)
+        for _ in range(12):
+            descent.zero_grad()
+            (data.rows.x @ theta - data.rows.y).square().mean().backward()
+            descent.step()
+        torch.testing.assert_close(found, theta.detach(), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("numerics", ["lanes", "loop", *COMPILED])
+def test_mimelite_is_its_formula(numerics):
+    """The momentum of the server is the shift of each of several steps, and remains during them."""
+    data, beta = clients(), 0.7
+    h, minima, w = parts(data)
+    task = task_of(nn.Linear(D, 1, bias=False).double(), data, numerics)
+    local = Train(sgd(LR), epochs=STEPS, batch=None, correction=MimeLite(beta))
+    found = run(Plan(local, Mean()), InProcessEngine(task, data, 3), 3)[0].model.theta
+    theta, momentum = task.initial().theta, torch.zeros(D, dtype=WIDE)
+    for _ in range(3):
+        y = theta.expand(len(w), D)
+        for _ in range(STEPS):
+            y = y - LR * ((h @ (y - minima)[..., None])[..., 0] + beta * momentum)
+        momentum = beta * momentum + w @ (h @ (theta - minima)[..., None])[..., 0]
+        theta = w @ y
+    torch.testing.assert_close(found, theta, rtol=1e-10, atol=1e-11)
+    plain = run(Plan(replace(local, correction=None), Mean()), InProcessEngine(task, data), 2)[0].model.theta
+    zero = run(Plan(replace(local, correction=MimeLite(0.0)), Mean()), InProcessEngine(task, data), 2)[0].model.theta
+    assert torch.equal(plain, zero)
+
+
+def test_mimelite_refuses_momentum_of_clients_and_own_parts():
+    for words, says in (
+        ({"optimizer": sgd(0.1, momentum=0.9)}, "without momentum"),
+        ({"optimizer": adam(0.1)}, "without momentum"),
+        ({"own": ("*bias",)}, "one of the two"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            Plan(replace(recipes.mimelite(0.1).local, **words), Mean())
+    with pytest.raises(UsageError, match="beta"):
+        MimeLite(1.0)
+
+
 def test_every_correction_is_in_the_grammar_and_is_one_call():
     names = {
         "fedprox": Proximal,
@@ -368,6 +419,7 @@ def test_every_correction_is_in_the_grammar_and_is_one_call():
         "fednova": Normalised,
         "fedexp": Extrapolated,
         "qffl": Fair,
+        "mimelite": MimeLite,
     }
     for name, kind in {**names, "fedlc": Calibrated}.items():
         correction = Experiment().override(recipe=f"{name}(0.1)").plan().local.correction

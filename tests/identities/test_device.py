@@ -108,6 +108,7 @@ RECIPES = {
     "fednova": recipes.fednova(0.1),
     "fedexp": recipes.fedexp(0.1),
     "qffl": recipes.qffl(0.1),
+    "mimelite": recipes.mimelite(0.1),
     "fedlc": recipes.fedlc(0.1),
     "newton": recipes.newton(0.1),
     "fedper": recipes.fedper(0.1, own=("2.*",)),

@@ -498,6 +498,7 @@ class StepFacts(NamedTuple):
             before the steps, and for optimizers other than SGD.
         classes: the number of rows of each class, for a number of classes C: int64 `[K, C]`.
         loss: the mean loss of each client at θ, `[K]`, if the correction has `needs_loss`.
+        gradient: the gradient of the mean loss of each client at θ, `[K, d]`, if the correction has `needs_gradient`.
     """
 
     lr: float
@@ -507,6 +508,7 @@ class StepFacts(NamedTuple):
     weights: Tensor | None
     classes: Callable[[int], Tensor]
     loss: Tensor | None = None
+    gradient: Tensor | None = None
 
 
 class Pull(NamedTuple):
@@ -602,6 +604,11 @@ class Correction(Protocol):
     @default
     def needs_loss(self) -> bool:
         """Whether `facts.loss` is computed, in a pass over all rows of a client before its steps."""
+        return False
+
+    @default
+    def needs_gradient(self) -> bool:
+        """Whether `facts.gradient` is computed, in a pass over all rows of a client before its steps."""
         return False
 
     @default

@@ -44,7 +44,7 @@ RECIPES = (
         "fedrep",
         "fedsgd",
     ),
-    *("fedyogi", "gd", "local_sgd", "newton", "post_local_sgd", "qffl", "scaffold", "sgd"),
+    *("fedyogi", "gd", "local_sgd", "mimelite", "newton", "post_local_sgd", "qffl", "scaffold", "sgd"),
 )
 PARTITIONS = (
     *("Backdoor", "ByColumn", "Dirichlet", "FeatureShift", "IID", "LabelFlip", "Pathological", "Quantity", "Shards"),

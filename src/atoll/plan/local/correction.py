@@ -7,6 +7,7 @@
 | `Dynamic(alpha)` | a = θ, μ = α, s = −gᵢ | θ also moves by −h/α |
 | `Normalised()` | | the mean of uᵢ/\\|aᵢ\\|, times the mean of \\|aᵢ\\| |
 | `Extrapolated(eps)` | | the mean update times a factor ≥ 1 |
+| `MimeLite(beta)` | s = βm | m ← βm + Σ p ∇Fᵢ(θ) |
 | `Fair(q)` | | Σ w F^q u, divided by its curvature |
 | `Calibrated(tau)` | y₀ = θ with a shifted output bias | |
 | `Ditto(lam)` | of a second training: y₀ = vᵢ, a = θ, μ = lam | |
@@ -50,6 +51,7 @@ from atoll.plan.protocols import (
 )
 
 _LEAST_LOSS = 1e-10  # a client without a loss has a finite weight
+_WITHOUT_OWN = "Train(sgd(0.1), epochs=1, batch=10)"
 _WITHOUT_DECAY = "Train(sgd(0.1), epochs=1, batch=10, correction=Calibrated(1.0))"
 Logits = Literal["log", "quarter"]
 
@@ -375,8 +377,7 @@ class Calibrated(CorrectionBase):
     def conflicts(self, slots: Slots) -> Iterator[Conflict]:
         if slots.local.own:
             why = "the shift belongs to the output layer, which may be a part of the own part."
-            write = "Train(sgd(0.1), epochs=1, batch=10)"
-            yield Conflict(f"{self!r} with own={slots.local.own!r}.", "one of the two.", why, write)
+            yield Conflict(f"{self!r} with own={slots.local.own!r}.", "one of the two.", why, _WITHOUT_OWN)
         optimizer = slots.local.optimizer
         decays = optimizer is not None and "weight_decay=" in repr(optimizer)
         if optimizer is not None and decays and optimizer.step_rule(1.0) is None:
@@ -487,6 +488,65 @@ class Fair(CorrectionBase):
 
 
 @dataclass(frozen=True, repr=False)
+class MimeLite(CorrectionBase):
+    """MimeLite: clients use the momentum of the server in each step, and do not change it.
+
+    y ← y − lr·(∇ℓ(y) + beta·m),   m⁺ = beta·m + Σ wᵢ ∇Fᵢ(θ) / Σ wᵢ
+
+    m starts at 0. ∇Fᵢ(θ) is the gradient over all rows of client i, with its weight decay, and takes a pass over them;
+    it is sent in addition to the update. With one step over all rows this is gradient descent with momentum. In the
+    paper the gradients have the factor 1 − beta, so its learning rate is lr/(1 − beta).
+
+    Args:
+        beta: the momentum, in [0, 1); 0 is federated averaging.
+    Raises:
+        UsageError: beta is out of range; or the plan has an own part, clients with an optimizer other than SGD without
+            momentum, or an asynchronous pace.
+    Example:
+        >>> MimeLite(0.9)
+        MimeLite()
+
+    Reference: Karimireddy et al., Mime: Mimicking Centralized Stochastic Algorithms in Federated Learning, 2020.
+    """
+
+    beta: float = bounded_number(0.9, least=0, below=1, why="the momentum would grow without bound.")
+    needs_gradient = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def server(self, layout: Layout) -> Tensors:
+        return {"momentum": torch.zeros(layout.d, dtype=layout.dtype)}
+
+    def declare(self, task: Task) -> Mapping[str, Declared]:
+        return {"gradient": Declared(task.layout.d, task.layout.dtype, "mean")}
+
+    def pull(self, broadcast: Broadcast, memory: Tensors, facts: StepFacts) -> Pull:
+        return Pull(shift=broadcast.shared["correction"]["momentum"] * self.beta if self.beta else None)
+
+    def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
+        gradient = torch.zeros_like(update) if facts.gradient is None else facts.gradient
+        return Finished({"gradient": torch.add(gradient, broadcast.model.theta, alpha=facts.decay)}, memory=memory)
+
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
+        if "gradient" not in total.means:
+            return total, server
+        mean, momentum = total.means["gradient"] / total.weight, server["momentum"]
+        return total, {"momentum": (self.beta * momentum + mean).to(momentum)}
+
+    def conflicts(self, slots: Slots) -> Iterable[Conflict]:
+        yield from _synchronous(self, slots, "the momentum is that of the model from which the clients start.")
+        yield from _of_the_round(self, slots)
+        if slots.local.own:
+            why = "the momentum belongs to the shared part only."
+            yield Conflict(f"{self!r} with own={slots.local.own!r}.", "one of the two.", why, _WITHOUT_OWN)
+        rule = None if slots.local.optimizer is None else slots.local.optimizer.step_rule(1.0)
+        if rule is None or rule.momentum:
+            why = "the momentum of the server would be added to that of the clients."
+            yield Conflict(f"{self!r} with {slots.local.optimizer!r}.", "sgd without momentum.", why, "sgd(0.1)")
+
+
+@dataclass(frozen=True, repr=False)
 class Chained(CorrectionBase):
     """Several corrections, one after another: `Proximal(mu) >> Normalised()` or `Calibrated(tau) >> other`.
 
@@ -528,6 +588,10 @@ class Chained(CorrectionBase):
     @property
     def needs_loss(self) -> bool:
         return any(part.needs_loss for part in self.chain)
+
+    @property
+    def needs_gradient(self) -> bool:
+        return any(part.needs_gradient for part in self.chain)
 
     @property
     def needs_equal_steps(self) -> bool:
@@ -588,7 +652,7 @@ class Chained(CorrectionBase):
             yield from part.conflicts(slots)
 
 
-CORRECTIONS = (Proximal, Scaffold, Dynamic, Normalised, Extrapolated, Calibrated, Ditto, Fair)
+CORRECTIONS = (Proximal, Scaffold, Dynamic, Normalised, Extrapolated, Calibrated, Ditto, Fair, MimeLite)
 
 
 def _column(facts: StepFacts, update: Tensor) -> Tensor:

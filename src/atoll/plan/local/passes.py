@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atoll.base.random import Key
 from atoll.compute.batches import ROWS, ClientBatch, padded
+from atoll.compute.model_state import Model
 from atoll.compute.task import OnRows, Task
 from atoll.plan.protocols import Broadcast, Contribution
 
@@ -33,6 +34,26 @@ def measured(broadcast: Broadcast, lanes: ClientBatch, key: Key, task: Task, on_
     sums["rows"] = lanes.rows
     facts = {n: s / lanes.rows.to(s.device) for n, s in sums.items() if n != "rows" and s.dim() == 1}
     return Contribution({}, sums, lanes.rows, {}, facts)
+
+
+def gradient_of_each(model: Model, lanes: ClientBatch, key: Key, task: Task) -> Tensor:
+    """The gradients of the mean losses of K clients over all their rows, `[K, d]`, in groups of one padded length.
+
+    Args:
+        model: that of all clients, or those of K clients.
+        lanes: the rows of the clients.
+        key: with one stream for each client.
+        task: the model and the loss.
+    """
+    model, rows = model.lanes(len(lanes.sizes)), lanes.rows.to(torch.int64)
+    widths, out = [padded(n) for n in rows.tolist()], torch.zeros_like(model.theta)
+    for width in sorted({w for w, n in zip(widths, rows.tolist(), strict=True) if n}):
+        index = torch.tensor([k for k, w in enumerate(widths) if w == width], device=lanes.ids.device)
+        group = replace(lanes, ids=lanes.ids[index])
+        positions = torch.arange(width, device=lanes.ids.device).expand(len(index), -1)
+        some, counts = model.select(index.to(model.theta.device)), tuple(rows[index].tolist())
+        out[index] = group.gradient(task, some, group.places(positions), counts, key.select(index)).grad
+    return out
 
 
 def measured_of_each(broadcast: Broadcast, lanes: ClientBatch, key: Key, task: Task) -> dict[str, Tensor]:

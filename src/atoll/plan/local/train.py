@@ -49,7 +49,7 @@ from atoll.plan.local.own import (
     personal_models,
     shared_layout,
 )
-from atoll.plan.local.passes import measured_of_each
+from atoll.plan.local.passes import gradient_of_each, measured_of_each
 from atoll.plan.local.steps import check_steps, counted, lengths_of, quotient, steps_at
 from atoll.plan.protocols import (
     Broadcast,
@@ -286,6 +286,8 @@ class Train(Local):
             if self.correction.needs_loss:
                 sums = measured_of_each(broadcast._replace(model=model), lanes, key.fold("start"), task)
                 facts = facts._replace(loss=sums["loss"] / lanes.rows.to(sums["loss"].device))
+            if self.correction.needs_gradient:
+                facts = facts._replace(gradient=gradient_of_each(model, lanes, key.fold("start"), task))
             finish = Correcting.of(self.correction, broadcast, memory, facts, given)
             pull = finish.pull if part is None else part.pull(finish.pull)
             rule, model = pulled_rule(pull, rule), pulled_start(pull, model, len(lanes.sizes))
