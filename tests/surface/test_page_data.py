@@ -6,7 +6,8 @@ import math
 import pytest
 from hostile import HOSTILE
 
-from atoll.report.page_data import MOST_POINTS, page_data, to_json
+from atoll.report.page_data import MOST_POINTS, page_data, run_brief, to_json
+from atoll.report.run_data import RunData
 from atoll.runs.labels import Labels
 
 PLAN = "Plan(Train(sgd(0.5), epochs=1, batch=10), aggregator=Mean())"
@@ -47,6 +48,15 @@ def test_values_are_those_of_the_folder(tmp_path):
     assert page["clients"]["names"] == ["north", "south"]
     assert table["own_accuracy"] == [None, 0.5] and table["rows"] == [123, 456] and table["seen"] == [4, 4]
     assert page["clients"]["curves"]["loss"]["y"] == [[0.25, 0.25], [0.75, 0.75]]
+
+
+def test_the_last_values_of_a_client_are_those_of_its_newest_round(tmp_path):
+    later = {"event": "clients", "round": 7, "id": [1, [2], True], "loss": [0.5, 1.0, 2.0], "rows": [9, 9, 9]}
+    folder = written(tmp_path / "run", [row(0)], [clients(3), clients(5), later])
+    record = RunData.read(folder)
+    assert record.events.seen == {0: (5, 0.25, 123.0), 1: (7, 0.5, 9.0)}
+    assert [at for at, _, _ in record.events.client_rows] == [3, 5, 7]
+    assert RunData.read(folder, clients=False).events.seen == {} and run_brief(folder)["rounds"] == 1
 
 
 @pytest.mark.parametrize(("plan", "why"), [(SECURE, "secure sum"), (NOISE, "noise")])

@@ -210,7 +210,7 @@ def page_data(folder: Path, record: RunData | None = None, *, report: bool = Fal
 
 def run_brief(folder: Path) -> dict[str, Any]:
     """One entry of the list of runs, with a small curve of the selection metric."""
-    record, labels = RunData.read(folder), Labels.read(folder)
+    record, labels = RunData.read(folder, clients=False), Labels.read(folder)
     events, chief = record.events, record.judged
     running = not events.stopped and runs.is_locked(folder)
     best, epsilon = record.best(chief), _finite(record.last("epsilon"))

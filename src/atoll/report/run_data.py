@@ -8,6 +8,7 @@ Tests: tests/surface/test_report.py, tests/surface/test_timeline.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tomllib
@@ -18,7 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atoll import runs
 from atoll.base.names import COUNTS
 from atoll.plan.formula import formula_of
 from atoll.report.flight_rows import MOST_FLIGHTS, Tally, read_trips
@@ -37,7 +37,7 @@ Row = Mapping[str, Any]
 
 OTHER = ("loss", "held_out_loss", "gradient_norm", "lr")
 _SPREAD, _LAST = 80, 40
-_MOST_READ = 16 << 20  # bytes of "clients" lines that are read at most
+_MOST_READ = 8 << 20  # bytes of "clients" lines that are read at most
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,15 @@ class RunData:
     confusion: Confusion | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> RunData:
-        """Read a run folder; a missing file counts as empty."""
-        rows = (r for r in runs.read_rows(folder / "metrics.jsonl") if isinstance(r, dict))
+    def read(cls, folder: Path, clients: bool = True) -> RunData:
+        """Read a run folder; a missing file counts as empty.
+
+        Args:
+            folder: the run folder.
+            clients: whether the events of clients are read, which are most of a long log.
+        """
+        log = folder / "metrics.jsonl"
+        rows = map(_object, log.read_bytes().splitlines() if log.is_file() else ())
         text = _text(folder / "config.toml")
         return cls(
             folder.resolve().name,
@@ -129,7 +135,7 @@ class RunData:
             _config(text),
             text,
             _object(_text(folder / "environment.json")),
-            _events(folder / "events.jsonl"),
+            _events(folder / "events.jsonl", clients),
             Confusion.read(folder),
         )
 
@@ -150,10 +156,9 @@ class RunData:
 
     def last(self, name: str) -> float | None:
         """The last number of a column; None if it has none."""
-        values = self._numbers(name)
-        return values[-1] if values else None
+        return next((v for row in reversed(self.rows) if (v := _number(row.get(name))) is not None), None)
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         """The measured columns that contain numbers, in reading order: losses, metrics, the rest."""
         names = dict.fromkeys(n for row in self.rows for n in row)
@@ -260,8 +265,11 @@ def _config(text: str) -> dict[str, Any]:
     return flat
 
 
-def _events(path: Path) -> Events:
-    """Read the log line by line. Lines of clients are first located; a bounded selection of them is then parsed."""
+def _events(path: Path, clients: bool = True) -> Events:
+    """Read the log line by line. Lines of clients are first located; a bounded selection of them is then parsed.
+
+    The newest line is parsed first, because the last values of a client are those of its newest round.
+    """
     events, places, total, trips = Events(), list[int](), 0, list[Any]()
     if not path.is_file():
         return events
@@ -273,14 +281,14 @@ def _events(path: Path) -> Events:
                 places.append(at)
                 total += len(line)
             elif line.startswith(b'{"event": "trips"'):
-                if (room := MOST_FLIGHTS - len(trips)) > 0:
+                if clients and (room := MOST_FLIGHTS - len(trips)) > 0:
                     trips += read_trips(_object(line), room)
             else:
                 _event(events, _object(line))
             at += len(line)
         chosen = {*spread(len(places), _SPREAD), *range(max(0, len(places) - _LAST), len(places))}
         counted = range(0, len(places), -(-total // _MOST_READ) or 1)
-        for n in sorted({*chosen, *counted}):
+        for n in sorted({*chosen, *counted} if clients else (), reverse=True):
             file.seek(places[n])
             event = _object(file.readline())
             if n % counted.step == 0:
@@ -289,21 +297,25 @@ def _events(path: Path) -> Events:
             if given is not None:
                 events.client_rows.append(given)
             _see(events, event)
+    events.client_rows.reverse()
     events.tally.of = len(places)
     events.trips = trips
     return events
 
 
 def _see(events: Events, event: Mapping[str, Any]) -> None:
-    """Record the round, the loss and the rows of each client of a round; a column that does not fit is missing."""
+    """Record the round, the loss and the rows of each client that no newer round had; a column must fit the ids."""
     ids, at = event.get("id"), event.get("round")
     if not isinstance(ids, list) or not isinstance(at, int):
         return
+    with contextlib.suppress(TypeError):  # an id of a damaged log may be a list
+        if events.seen.keys() >= set(ids):
+            return
     columns = [event.get(name) for name in ("loss", "rows")]
     fitting = [c if isinstance(c, list) and len(c) == len(ids) else [None] * len(ids) for c in columns]
-    for client, loss, rows in zip(ids, *fitting, strict=True):
-        if _is_round(client):
-            events.seen[client] = (at, _number(loss), _number(rows))
+    values = zip(ids, *fitting, strict=True)
+    found = {i: (at, _number(loss), _number(rows)) for i, loss, rows in values if _is_round(i)}
+    events.seen = found | events.seen
 
 
 def _event(events: Events, event: Mapping[str, Any]) -> None:

@@ -157,6 +157,7 @@ export class Curve {
 }
 
 function short(value, form) {
+  if (form === count && value % 1) return "";
   if (form === bytes || form === duration || form === count) return form(value);
   return value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5) ? value.toExponential(0) : String(Number(value.toPrecision(4)));
 }

@@ -15,6 +15,11 @@ export function time(text) {
   return element("time", { datetime: text }, text.replace("T", " "));
 }
 
+// The smallest and the largest value; of no value Infinity and -Infinity.
+function ends(values) {
+  return values.reduce(([low, high], v) => (v === null || v === undefined ? [low, high] : [Math.min(low, v), Math.max(high, v)]), [Infinity, -Infinity]);
+}
+
 export class RunView {
   constructor(data, files) {
     this.files = files;
@@ -189,8 +194,8 @@ export class RunView {
     for (const [title, names, form] of this.charts()) {
       let curve = this.curves.get(title);
       if (!curve) {
-        const y = this.series[names[0]].y.filter((v) => v !== null);
-        const log = title === "loss" && y.length > 1 && Math.min(...y) > 0 && Math.max(...y) > 10 * Math.min(...y);
+        const [low, high] = ends(names.flatMap((n) => this.series[n].y));
+        const log = form === number && low > 0 && high > (title === "loss" ? 10 : 1000) * low;
         curve = new Curve(title, { form, log });
         this.curves.set(title, curve);
       }
@@ -217,13 +222,14 @@ export class RunView {
   multiples(table) {
     const node = element("div", {});
     for (const [name, curves] of Object.entries(table.curves || {}).slice(0, 1)) {
-      const all = curves.y.flat().filter((v) => v !== null && v !== undefined);
-      if (!all.length) continue;
+      const [low, high] = ends(curves.y.flat());
+      if (low > high) continue;
       const column = (table.columns || []).find((c) => c.name === name);
-      const range = [Math.min(...all), Math.max(...all)];
-      node.append(element("h3", {}, (column ? column.label : name) + ", by client, all from " + number(range[0]) + " to " + number(range[1])),
+      const log = low > 0 && high > 1000 * low, at = (v) => (log && v !== null && v !== undefined ? Math.log10(v) : v);
+      const title = (column ? column.label : name) + ", by client, all from " + number(low) + " to " + number(high);
+      node.append(element("h3", {}, title + (log ? ", on a logarithmic scale" : "")),
         element("ul", { class: "multiples" }, curves.names.map((client, i) => element("li", {},
-          spark(curves.x, curves.y[i], 120, 36, range), element("span", {}, client + " "), element("b", {}, number(last(curves.y[i])))))));
+          spark(curves.x, curves.y[i].map(at), 120, 36, [at(low), at(high)]), element("span", {}, client + " "), element("b", {}, number(last(curves.y[i])))))));
     }
     return node;
   }
