@@ -10,6 +10,7 @@ import warnings
 from typing import NamedTuple
 
 import pytest
+from aiohttp import web
 from network import TICK
 from sites import Served, experiment
 
@@ -148,3 +149,16 @@ def test_faults_of_a_link_change_no_bit(tmp_path, monkeypatch):
         warnings.simplefilter("ignore", ResourceWarning)
         for _ in range(3):
             gc.collect()
+
+
+def test_a_crowded_server_keeps_no_connection_of_a_long_upload(tmp_path, monkeypatch):
+    for name, value in {"MANY": -1, "HASH_APART": 0, "SHORT_PIECE": 1000}.items():
+        monkeypatch.setattr(server, name, value)
+    ended, close = [], web.Response.force_close
+    monkeypatch.setattr(web.Response, "force_close", lambda answer: ended.append(answer.status) or close(answer))
+    large = {"model": "cnn", "plan__codec": "Identity()", "numerics": "loop", "recipe": "fedsgd(lr=0.1)", "rounds": 2}
+    it = Served(tmp_path, experiment(**{**SETTINGS, **large}))
+    for name in ("north", "south"):
+        it.join(name, "digits", seat=True)
+    results = it.wait()
+    assert [report.arrived for report in results["server"].reports] == [2, 2] and ended == [200] * 4, results

@@ -48,6 +48,8 @@ PING_S = 20.0
 MAX_TRIES = 10  # failed enrolments of one address in a minute
 MAX_QUEUED = 4 << 20  # bytes that wait for a client that does not read
 PIECE = 1 << 18
+SHORT_PIECE = 1 << 15
+MANY = 64  # connections; beyond, each keeps short buffers
 TOGETHER = 4 << 20  # bytes of contributions that are folded in one call
 COLLECT_S = 0.01  # seconds in which a contribution waits for others of its round
 HEAD_S = 10.0  # from the opening of a connection to the end of its first request's head, also for the handshake
@@ -718,8 +720,10 @@ class Listener:
         answer = web.StreamResponse(status=status, headers=headers)
         await answer.prepare(request)
         view = memoryview(data)
-        for at in range(start, len(data), PIECE):
-            await answer.write(view[at : at + PIECE])
+        # TLS keeps a buffer as long as the longest piece until the connection ends.
+        piece = SHORT_PIECE if self._is_crowded() else PIECE
+        for at in range(start, len(data), piece):
+            await answer.write(view[at : at + piece])
         await answer.write_eof()
         return answer
 
@@ -770,7 +774,10 @@ class Listener:
             self._event(events.Uploaded(upload.number, hash, data))
             del data
             code = upload.decided.result() if upload.decided.done() else await asyncio.wait_for(upload.decided, 10)
-            return web.Response(status=wire.HTTP_STATUS.get(code, 429), text=code)
+            done = web.Response(status=wire.HTTP_STATUS.get(code, 429), text=code)
+            if total > HASH_APART and self._is_crowded():
+                done.force_close()  # it has the buffers of a long upload, which idle connections would keep
+            return done
         except (ConnectionError, TimeoutError, asyncio.CancelledError):
             self._event(events.Aborted(upload.number))
             raise
@@ -802,6 +809,9 @@ class Listener:
                     limit.reschedule(asyncio.get_running_loop().time() + BODY_S)
                 if upload.decided.done():
                     raise ConnectionResetError("the upload was ended")
+
+    def _is_crowded(self) -> bool:
+        return len(self.connections) > MANY
 
     def _settle_upload(self, number: int, code: Any) -> None:
         upload = self._uploads.get(number)
