@@ -33,7 +33,7 @@ def environment():
 def torchrun(words, folder):
     """Start ranks in a folder, with the command that users write."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
-    return subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=110)
+    return subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=280)
 
 
 def outcomes(folder, ranks, *which):
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 def two(folder):
     """Two ranks as torchrun starts them, forked from one process that has imported torch."""
     line = [sys.executable, theirs.__file__, str(folder), "forked"]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=110)
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return written(folder, 2)
 

@@ -29,7 +29,7 @@ def in_file(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, mmap.mm
         shape: the shape, with at least one number.
         dtype: the dtype.
     Raises:
-        RunError: the disk has too little space. The space is reserved here, so later writes cannot fail.
+        RunError: the disk has too little space. On Linux the space is reserved here, so later writes cannot fail.
     Example:
         >>> x, pages = in_file((2, 3), torch.float32)
         >>> x[1] = 5
@@ -40,7 +40,10 @@ def in_file(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, mmap.mm
     size = prod(shape) * dtype.itemsize
     try:
         with tempfile.TemporaryFile() as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:  # macOS
+                file.truncate(size)
             pages = mmap.mmap(file.fileno(), size)
     except OSError as error:
         folder = tempfile.gettempdir()
