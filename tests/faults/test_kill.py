@@ -21,6 +21,11 @@ PLANS = {
         "plan": "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=3)",
         "every": 3,
     },
+    "secure": {
+        "plan": "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), codec=Clip(1.0), "
+        "aggregator=Mean('equal', secure=True))",
+        "every": 2,
+    },
     # When a round closes, two flights from older models are in progress, with error feedback and downlink state.
     "flying": {
         "plan": "Plan(Train(sgd(0.1, momentum=0.5), steps=3, batch=8, keep=('optimizer', 'order')), Mean(), cohort=5, "

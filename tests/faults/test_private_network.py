@@ -10,12 +10,12 @@ from test_federation import alone, federation
 from test_rehearsal import flags, reference, rows_of
 
 import atoll
-from atoll.base.errors import UsageError
+from atoll.base.errors import RunError, UsageError
 from atoll.data.schema import Schema
 from atoll.net.engine import ServerEngine
 from atoll.net.spec import Server
 from atoll.plan.pace import Sync
-from atoll.training.privacy import CLIENTS_ROWS, NOT_PRIVATE, budget_of
+from atoll.training.privacy import CLIENTS_ROWS, NOT_PRIVATE, budget_of, check_clients
 from atoll.training.settings import Settings
 
 SETTINGS = {
@@ -53,6 +53,8 @@ def test_an_open_run_is_refused_with_noise_and_rows_that_gave_the_input_are_know
     assert "clients=100" in caught.value.line
     read = [Schema.of(data).without_clients().reads_rows for data in (digits, wine)]
     assert read == [False, True]  # `refuse_leaks` reads it
+    with pytest.raises(RunError, match="has 4 clients"):
+        check_clients(SimpleNamespace(clients=3), 4)
 
 
 def test_a_deadline_is_allowed_with_noise_and_a_quorum_is_not():

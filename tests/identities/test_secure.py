@@ -18,7 +18,7 @@ from atoll.secure import keys, messages, shamir
 from atoll.secure.client import Floors
 from atoll.secure.graph import neighbours, permutation
 from atoll.secure.masks import masked
-from atoll.secure.params import Topology, safe_topology
+from atoll.secure.params import COMPLETE_UP_TO, Topology, safe_topology, topology
 from atoll.secure.refusals import SessionError
 from atoll.secure.server import SumServer
 from tests.secure_session import STAGES, Group, agreement
@@ -196,6 +196,30 @@ def test_random_patterns_on_a_regular_graph(seed: int) -> None:
     result = group.run(lost)
     survivors = [i for i in range(24) if lost.get(i) not in ("shares", "masked")]
     np.testing.assert_array_equal(result.words["update"], group.expected(survivors)["update"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("most", [12, 32, 100, 1000])
+def test_two_hundred_random_patterns(most: int) -> None:
+    """Complete graphs and regular ones: the sum is that of the clients whose vectors arrived, or the session stops."""
+    draw = np.random.default_rng(most)
+    for _ in range({12: 120, 32: 62, 100: 17, 1000: 1}[most]):
+        n = most if most == 1000 else int(draw.integers(4, most + 1))
+        group = Group(n, agreement(20), AnyShape(cohort=3), seed=int(draw.integers(1 << 30)))
+        chance = draw.choice([0.02, 0.1, 0.3])
+        lost = {i: STAGES[int(draw.integers(3))] for i in range(n) if draw.random() < chance}
+        survivors = [i for i in range(n) if lost.get(i) not in ("shares", "masked")]
+        try:
+            words = group.run(lost).words["update"]
+        except SessionError as error:
+            assert error.reason in ("few", "few_shared", "few_survivors")
+            summed = False
+        else:
+            np.testing.assert_array_equal(words, group.expected(survivors)["update"])
+            summed = True
+        if n <= COMPLETE_UP_TO:
+            assert summed == (n - len(lost) >= topology(n).threshold)
 
 
 @pytest.mark.slow

@@ -130,6 +130,11 @@ def test_all_ranks_draw_the_noise_of_one_secret(two):
     assert first == second
 
 
+def test_ranks_give_a_secure_sum_the_bits_of_one_process(two, clients):
+    alone = [r.fingerprint for r in rounds("softmax", clients, theirs.SECURE, rounds=2, numerics="loop")]
+    assert [rank["secure"] for rank in two] == alone[-1:] * 2
+
+
 def test_the_model_of_rank_0_is_everybodys(two, clients):
     torch.manual_seed(0)
     alone = [r.fingerprint for r in rounds(theirs.norm(), clients, recipes.fedavg(0.1), rounds=1, numerics="loop")]

@@ -36,7 +36,8 @@ def masked(
         raise ValueError("One sign, +1 or -1, for each key.")
     result = words.astype(words.dtype.newbyteorder("<"), copy=True)
     # The IV is 0: each key has exactly one stream. The order of the sum does not matter in a ring.
-    streams = [Cipher(algorithms.AES256(bytes(key)), modes.CTR(bytes(16))).encryptor() for key in keys]
+    counter = modes.CTR(bytes(16))
+    streams = [Cipher(algorithms.AES256(bytes(key)), counter).encryptor() for key in keys]
     step = _BLOCK // result.itemsize
     zeros, block = bytes(_BLOCK), np.empty(step, dtype=result.dtype)
     for first in range(0, len(result), step):
