@@ -84,6 +84,11 @@ def test_what_is_not_tested_has_the_same_bits_everywhere(dtype):
         op = getattr(ops, name)
         func = getattr(op, "Tensor" if "Tensor" in op.overloads() else "self" if name == "where" else "default")
         args = further.get(name) or ((a, b) if "Tensor" in op.overloads() else (a,))
-        assert _exact(func, [a], {}) and _same_anywhere(func, args, {}), name
-    assert not _exact(ops.add.Tensor, [a], {"alpha": 0.1}) and not _exact(ops.sigmoid.default, [a], {})
-    assert not _exact(ops.mul.Tensor, [a.to(torch.bfloat16)], {})
+        assert _exact(func, args, {}) and _same_anywhere(func, args, {}), name
+    tested = (
+        (ops.add.Tensor, (a, b), {"alpha": 0.1}),
+        (ops.add.Scalar, (a, 2, 0.1), {}),
+        (ops.sigmoid.default, (a,), {}),
+    )
+    tested += (ops.mul.Tensor, (a.bfloat16(), b), {}), (ops.mul.Tensor, (a, 1j * b), {})
+    assert not any(_exact(*each) for each in tested)

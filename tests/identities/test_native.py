@@ -65,11 +65,25 @@ def test_each_library_exports_the_structs_of_python(name):
     ("name", "old", "new", "given"),
     [
         ("exact", b"F(I, threads) ", b"F(I, threads) F(I, cores)", "13 fields and 104 bytes; 'cores' instead of"),
-        ("exact", b"F(I, threads) ", b"", "11 fields and 88 bytes; 'tops' instead of 'threads'"),
-        ("exact", b"F(I, threads) ", b"F(int, threads) F(int, cores)", "13 fields and 96 bytes; 'cores' instead of"),
+        pytest.param(
+            "exact",
+            b"F(I, threads) ",
+            b"",
+            "11 fields and 88 bytes; 'tops' instead of 'threads'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "exact",
+            b"F(I, threads) ",
+            b"F(int, threads) F(int, cores)",
+            "13 fields and 96 bytes; 'cores' instead of",
+            marks=pytest.mark.slow,
+        ),
         ("exact", b"F(I, clients) F(I, d)", b"F(I, d) F(I, clients)", "'d' instead of 'clients'"),
         ("exact", b"Struct##_size = sizeof", b"Struct##_sizes = sizeof", "does not export it"),
-        ("descent", b"F(I, relu)", b"", "Struct LayerSpec .* 20 fields and 160 bytes"),
+        pytest.param(
+            "descent", b"F(I, relu)", b"", "Struct LayerSpec .* 20 fields and 160 bytes", marks=pytest.mark.slow
+        ),
         ("descent", b"F(double, lr)", b"F(float, lr) F(float, rate)", "Struct Job .* 36 fields and 280 bytes"),
     ],
 )

@@ -65,7 +65,7 @@ class PositionCheck(TorchDispatchMode):
         kwargs = kwargs or {}
         plain = torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags
         floats = [a for a in args if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
-        if plain and floats and func not in self._tried and not _exact(func, floats, kwargs):
+        if plain and floats and func not in self._tried and not _exact(func, args, kwargs):
             # NumPy's function: torch's one imports the modules for symbolic shapes, which takes half a second.
             size = math.prod(np.broadcast_shapes(*(a.shape for a in args if isinstance(a, Tensor))))
             if size % (VECTOR * self.rows):
@@ -75,10 +75,13 @@ class PositionCheck(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _exact(func: Any, floats: list[Tensor], kwargs: Mapping[str, Any]) -> bool:
+def _exact(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether no kernel can round an operation differently; with `alpha` or a rounding mode it is two operations."""
-    known = func.overloadpacket.__name__.rstrip("_") in EXACT and not kwargs.keys() - {"out"}
-    return known and all(t.dtype in (torch.float32, torch.float64) for t in floats)
+    name = func.overloadpacket.__name__.rstrip("_")
+    if name not in EXACT or kwargs.keys() - {"out"} or (name in ("add", "sub") and len(args) > 2):
+        return False
+    kinds = {a.dtype for a in args if isinstance(a, Tensor)} - {torch.float32, torch.float64}
+    return not any(kind.is_floating_point or kind.is_complex for kind in kinds)
 
 
 def _same_anywhere(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
