@@ -33,8 +33,8 @@ pause = threading.Event()
 atoll.train("softmax", data, "fedavg(lr=0.1)", rounds=60, out=sys.argv[1], resume=(sys.argv[2:] or [None])[0],
             checkpoint_s=0.5, report=False, progress="none", observers=[lambda report: pause.wait(0.1)])
 """
-ROUNDS = """[...document.querySelectorAll(".tiles div")].filter((d) => d.querySelector("dt").textContent === "rounds")
-  .map((d) => parseInt(d.querySelector("dd").textContent))[0] || 0"""
+ROUNDS = """([...document.querySelectorAll(".tiles div")].filter((d) => d.querySelector("dt").textContent === "rounds")
+  .map((d) => parseInt(d.querySelector("dd").textContent))[0] || 0)"""
 SMALL = """[...document.querySelectorAll("body *")].filter((e) => e.checkVisibility() &&
     [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()) &&
     !["SCRIPT", "STYLE", "OPTION", "NOSCRIPT"].includes(e.tagName))

@@ -111,7 +111,7 @@ export class Curve {
       scales: { x: { time: false }, y: { distr: this.log ? 3 : 1 } },
       axes: [
         { ...axis, grid: { show: false }, size: 26, values: (_, ticks) => ticks.map((v) => (this.x === "round" && v % 1 ? "" : form(v))) },
-        { ...axis, size: 58, values: (_, ticks) => ticks.map((v) => (v === null ? "" : short(v, this.form))) },
+        { ...axis, grid: { ...axis.grid, filter: (_, ticks) => (this.log && ticks.length > 40 ? ticks.map(decade) : ticks) }, size: 58, values: (_, ticks) => ticks.map((v) => (v === null ? "" : short(v, this.form))) },
       ],
       series: [{}, ...series, ...rules],
       hooks: { setCursor: [(plot) => this.show(plot.cursor.idx)] },
@@ -154,6 +154,11 @@ export class Curve {
   }
 
   recolour() { if (this.plot) this.plot.redraw(false); }
+}
+
+// A tick that is a power of ten; null for another one.
+function decade(tick) {
+  return Number.isInteger(Number(Math.log10(tick).toFixed(9))) ? tick : null;
 }
 
 function short(value, form) {
