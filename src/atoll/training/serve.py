@@ -267,7 +267,7 @@ class Serving:
         home = self._engine.home.path
         again = Line(f"atoll.serve(model, data, plan, home={str(home)!r})", f"atoll serve --home {home}")
         why = "the run is interrupted: its committed rounds are intact, and the next start continues after them."
-        return RunError(error.given, "space on the disk, and permission to write.", why, again)
+        return RunError(error.given, error.required, why, again)
 
     def _forget(self, error: AtollError) -> None:
         """A failed run is over. A run that was refused can continue with other settings."""
