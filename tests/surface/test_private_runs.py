@@ -130,13 +130,14 @@ def test_runs_share_a_ledger(digits, tmp_path):
 
 def refusals(data):
     from atoll.plan.optimizer import sgd
+    from atoll.training.stop import Target
 
     plain = recipes.fedavg(0.5)
     return [
         ({"class_weight": "balanced"}, PLAN, data, "class_weight="),
         ({"evaluate": "clients"}, PLAN, data, 'evaluate="pooled"'),
         ({"baselines": True}, PLAN, data, "baselines=False"),
-        ({"stop": atoll.training.stop.Target("loss", 0.1)}, PLAN, data, "Target("),
+        ({"stop": Target("loss", 0.1)}, PLAN, data, "Target("),
         ({"budget": 3.0}, plain, data, "Clip(1.0) >> Noise(1.0)"),
         ({"delta": 1e-5}, replace(plain, codec=Clip(1.0)), data, "Clip(1.0) >> Noise(1.0)"),
         ({"ledger": "x.jsonl", "randomness": "seed"}, PLAN, data, 'randomness="system"'),

@@ -468,7 +468,8 @@ def refuse_unknown(rules: Rules, metrics: Iterable[str]) -> None:
     for _, rule in each(rules):
         for metric in getattr(rule, "reads", ()):
             if metric not in known:
-                near = did_you_mean(metric, [n for n in known if direction(n) is not None] or ["loss"])
+                named = [n for n in known if direction(n) is not None]
+                near = did_you_mean(metric, named or ["loss"]) or next((n for n in named if metric and metric in n), "")
                 raise UsageError(
                     f"{rule!r} needs the metric {metric!r}.",
                     f"a metric that is reported: {', '.join(known)}.",
