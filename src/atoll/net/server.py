@@ -55,6 +55,7 @@ COLLECT_S = 0.01  # seconds in which a contribution waits for others of its roun
 HEAD_S = 10.0  # from the opening of a connection to the end of its first request's head, also for the handshake
 BODY_S = 10.0  # in which the body of an enrolment arrives, and at least `FLOOR` bytes of an upload
 FLOOR = 10 << 10
+GUARD_S = 0.5  # between two looks at the open connections
 PROGRESS_S = 0.5  # between two reports of the progress of an upload
 ROTATED_S = 86400.0  # between two certificates of a running server
 HASH_APART = 1 << 20  # a longer message is hashed in another thread, so that the loop goes on
@@ -134,6 +135,7 @@ class Listener:
         self._planned = 0.0
         self.most = self.last_descriptor = _most_connections()
         self._opened: dict[Any, float] = {}  # the open connections
+        self._guarded = 0.0
         self._spoke: set[Any] = set()  # those with a request
         self._runner: web.AppRunner | None = None
         self.lag = 0.0  # seconds by which the last timer was late
@@ -391,6 +393,9 @@ class Listener:
     def _guard(self) -> None:
         """End connections without a request, and the newest ones beyond the limit; renew the certificate in time."""
         now = time.monotonic()
+        if now - self._guarded < GUARD_S:  # it reads all connections, and many timers of clients may end together
+            return
+        self._guarded = now
         self._opened = {connection: self._opened.get(connection, now) for connection in self.connections}
         self._spoke &= self._opened.keys()
         for number, (connection, opened) in enumerate(self._opened.items()):
