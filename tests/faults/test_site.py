@@ -6,7 +6,6 @@ import pytest
 import torch
 from msgspec import structs
 from net_messages import work
-from safetensors.torch import save
 from sites import write_tables
 from test_sites import terms
 
@@ -15,8 +14,8 @@ from atoll.net import wire
 from atoll.net.coordinator import NO_DIGEST
 from atoll.net.join import own_rows
 from atoll.net.policy import Policy
-from atoll.net.rounds import storable
 from atoll.net.site import MemoryChain, Prepared, Site
+from atoll.net.tensors import tensor_bytes
 from atoll.net.terms import RefusedError, layout_hash, plan_text
 from atoll.net.wire import SumTerms, chain_link, digest, work_id
 from atoll.plan.aggregate import Mean
@@ -166,7 +165,7 @@ def entered(tmp_path, rows, **rules):
     it = rows(tmp_path / "north.csv")
     it.policy = Policy(**rules)
     it.enter(0, "run", terms(tmp_path, clients=6, held_out=0.2), None)
-    return it, save(storable(pack_broadcast(Broadcast(0, it._task.start, {}))))
+    return it, tensor_bytes(pack_broadcast(Broadcast(0, it._task.start, {})))
 
 
 def test_a_contribution_to_a_secure_sum_is_never_sent_in_the_clear(tmp_path, rows):
