@@ -53,30 +53,30 @@ def main() -> None:
     ask.add_argument("--seeds", type=int, default=3)
     ask.add_argument("--limit", type=float, default=200.0)
     ask.add_argument("--out", type=Path, default=None, help="file of the figure")
-    told = ask.parse_args()
-    data = atoll.data.load(told.data).split(told.clients)
-    local = Train(sgd(told.lr), epochs=1, batch=told.batch)
+    options = ask.parse_args()
+    data = atoll.data.load(options.data).split(options.clients)
+    local = Train(sgd(options.lr), epochs=1, batch=options.batch)
 
     def plan(pace, lr=1.0):
-        return Plan(local, Mean(), sgd(lr), cohort=told.cohort, pace=pace)
+        return Plan(local, Mean(), sgd(lr), cohort=options.cohort, pace=pace)
 
     plans = {
         "FedAvg": plan(Sync()),
         "FedAvg, 1.3 asked": plan(Sync(over_select=1.3)),
-        "FedBuff(10)": plan(Buffered(10), told.server_lr),
+        "FedBuff(10)": plan(Buffered(10), options.server_lr),
     }
-    print(f"{'':20}{'seconds to ' + str(told.target):>20}{'FedAvg / it':>14}{'updates/s':>12}")
+    print(f"{'':20}{'seconds to ' + str(options.target):>20}{'FedAvg / it':>14}{'updates/s':>12}")
     curves, first = {}, 0.0
     for name, each in plans.items():
-        runs = [curve(each, data, told.model, seed, told.target, told.limit) for seed in range(told.seeds)]
+        runs = [curve(each, data, options.model, seed, options.target, options.limit) for seed in range(options.seeds)]
         times = sorted(run[-1][0] for run in runs)
         median = times[len(times) // 2]
         first = first or median
         curves[name] = runs[0]
         rate = sorted(run[-1][2] / run[-1][0] for run in runs)[len(runs) // 2]
-        reached = "" if all(run[-1][1] >= told.target for run in runs) else "  (not reached)"
+        reached = "" if all(run[-1][1] >= options.target for run in runs) else "  (not reached)"
         print(f"{name:20}{median:20.2f}{first / median:14.2f}{rate:12.1f}{reached}", flush=True)
-    if told.out:
+    if options.out:
         import matplotlib.pyplot as plt
 
         for name, points in curves.items():
@@ -84,7 +84,7 @@ def main() -> None:
         plt.xlabel("seconds on the clock")
         plt.ylabel("accuracy on held-out rows")
         plt.legend()
-        plt.savefig(told.out, dpi=120)
+        plt.savefig(options.out, dpi=120)
 
 
 if __name__ == "__main__":

@@ -102,34 +102,34 @@ class Ddp:
         return (self.ranks.all_reduce_sum([torch.stack(losses).double()])[0] / self.ranks.size).tolist()
 
 
-def work(told: argparse.Namespace) -> None:
+def work(options: argparse.Namespace) -> None:
     """Run the program of one rank."""
-    ranks, widths = ProcessGroup.join(), [int(n) for n in told.model.split(",")]
-    data = clients(widths, ranks.size, told.batch)
+    ranks, widths = ProcessGroup.join(), [int(n) for n in options.model.split(",")]
+    data = clients(widths, ranks.size, options.batch)
     ways = {
-        "DDP": Ddp(widths, data, told.batch, ranks, False),
-        "DDP, gradient_as_bucket_view": Ddp(widths, data, told.batch, ranks, True),
-        'atoll, sum="float"': Atoll(widths, data, told.batch, ranks, "float"),
-        'atoll, sum="exact"': Atoll(widths, data, told.batch, ranks, "exact"),
+        "DDP": Ddp(widths, data, options.batch, ranks, False),
+        "DDP, gradient_as_bucket_view": Ddp(widths, data, options.batch, ranks, True),
+        'atoll, sum="float"': Atoll(widths, data, options.batch, ranks, "float"),
+        'atoll, sum="exact"': Atoll(widths, data, options.batch, ranks, "exact"),
     }
-    losses = {name: [way.step() for _ in range(told.check)] for name, way in ways.items()}
+    losses = {name: [way.step() for _ in range(options.check)] for name, way in ways.items()}
     losses = {n: ways[n].mean(each) if isinstance(ways[n], Ddp) else each for n, each in losses.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(told.repeat):
+    for _ in range(options.repeat):
         for name, way in ways.items():
             torch.distributed.barrier()
             began = time.perf_counter()
-            for _ in range(told.steps):
+            for _ in range(options.steps):
                 way.step()
-            seconds[name].append((time.perf_counter() - began) / told.steps)
+            seconds[name].append((time.perf_counter() - began) / options.steps)
     if ranks.first:
-        Path(told.to).write_text(json.dumps({"seconds": seconds, "losses": losses}))
+        Path(options.to).write_text(json.dumps({"seconds": seconds, "losses": losses}))
 
 
-def table(told: argparse.Namespace, found: dict) -> str:
+def table(options: argparse.Namespace, found: dict) -> str:
     """Format the time per step of each program, and the distance of its losses from those of DDP."""
-    size = sum(p.numel() for p in model([int(n) for n in told.model.split(",")]).parameters())
-    lines = [f"{size:,} parameters, {told.ranks} ranks, {told.batch} rows each, median of {told.repeat} turns"]
+    size = sum(p.numel() for p in model([int(n) for n in options.model.split(",")]).parameters())
+    lines = [f"{size:,} parameters, {options.ranks} ranks, {options.batch} rows each, median of {options.repeat} turns"]
     lines += [f"{'':30}{'ms a step':>10}{'beside DDP':>12}{'loss, relative':>16}"]
     first, reference = found["seconds"]["DDP"], found["losses"]["DDP"]
     for name, seconds in found["seconds"].items():
@@ -148,15 +148,15 @@ def main() -> None:
     ask.add_argument("--batch", type=int, default=64)
     ask.add_argument("--check", type=int, default=100, help="steps whose losses are compared, at most 128")
     ask.add_argument("--to", default="")
-    told = ask.parse_args()
-    if told.to:
-        return work(told)
+    options = ask.parse_args()
+    if options.to:
+        return work(options)
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder) / "found.json"
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(told.ranks)]
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
         words = [__file__, *sys.argv[1:], "--to", str(to)]
         subprocess.run([*start, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-        print(table(told, json.loads(to.read_text())))
+        print(table(options, json.loads(to.read_text())))
 
 
 if __name__ == "__main__":

@@ -79,10 +79,10 @@ def main() -> None:
     ask.add_argument("--clients", type=int, default=1000)
     ask.add_argument("--cohort", type=int, default=100)
     ask.add_argument("--repeat", type=int, default=5)
-    told = ask.parse_args()
-    rows = {"the clock alone": [(clock_alone(told.clients, told.cohort), 0.0) for _ in range(told.repeat)]}
+    options = ask.parse_args()
+    rows = {"the clock alone": [(clock_alone(options.clients, options.cohort), 0.0) for _ in range(options.repeat)]}
     for pace in (Buffered(100), Buffered(10), Buffered(1), Sync()):
-        rows[repr(pace)] = [measure(pace, told.clients, told.cohort) for _ in range(told.repeat)]
+        rows[repr(pace)] = [measure(pace, options.clients, options.cohort) for _ in range(options.repeat)]
     print(f"{'':18}{'events/s':>12}{'steps/s':>10}")
     for name, runs in rows.items():
         events, steps = (statistics.median(column) for column in zip(*runs, strict=True))

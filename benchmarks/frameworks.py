@@ -58,60 +58,60 @@ class Peer:
     memory: float = 0.0
 
     def __post_init__(self) -> None:
-        asked, ask = os.pipe()
-        hear, told = os.pipe()
+        requests, ask = os.pipe()
+        answers, answer = os.pipe()
         script = str(HERE / SCRIPTS[self.name])
         paths = [HERE, SOURCE] if self.name == "atoll" else [HERE]  # the other version is in its own environment
         self.log = open(Path(self.folder) / f"{self.name}.log", "w")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(
-            [self.python, script, self.folder, str(asked), str(told)],
-            pass_fds=(asked, told),
+            [self.python, script, self.folder, str(requests), str(answer)],
+            pass_fds=(requests, answer),
             stdout=self.log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONDONTWRITEBYTECODE": "1"},
         )
-        os.close(asked), os.close(told)
-        self.ask, self.hear = os.fdopen(ask, "w"), os.fdopen(hear)
-        self._heard()
+        os.close(requests), os.close(answer)
+        self.requests, self.answers = os.fdopen(ask, "w"), os.fdopen(answers)
+        self._answer()
 
-    def _heard(self) -> str:
-        line = self.hear.readline().strip()
+    def _answer(self) -> str:
+        line = self.answers.readline().strip()
         if not line:
             self.log.flush()
             tail = Path(self.log.name).read_text()[-2000:]
             raise SystemExit(f"{self.name} has ended:\n{tail}")
         return line
 
-    def _say(self, text: str) -> None:
-        self.ask.write(text + "\n")
-        self.ask.flush()
+    def _request(self, text: str) -> None:
+        self.requests.write(text + "\n")
+        self.requests.flush()
 
     def turn(self, rounds: int, timed: bool) -> None:
         """Run some rounds, then evaluate; the evaluation is not timed."""
         for _ in range(rounds):
             began = time.perf_counter()
-            self._say("go")
-            self._heard()
+            self._request("go")
+            self._answer()
             if timed:
                 self.seconds.append(time.perf_counter() - began)
-        self._say("judge")
-        self.accuracy[max(self.accuracy, default=0) + rounds] = float(self._heard())
+        self._request("judge")
+        self.accuracy[max(self.accuracy, default=0) + rounds] = float(self._answer())
 
     def end(self) -> None:
         """Measure the memory, then end the process."""
         family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         self.memory = sum(p.memory_full_info().pss for p in family) / 2**20
-        self._say("end")
+        self._request("end")
         self.process.wait(30)
         for child in family[1:]:
             if child.is_running():
                 child.kill()
 
 
-def written(folder: str, model: str, told: argparse.Namespace) -> None:
+def written(folder: str, model: str, args: argparse.Namespace) -> None:
     """The workload, the same for every framework."""
-    data = atoll.data.load(told.data)
-    clients = data.split(told.clients, atoll.data.IID())
+    data = atoll.data.load(args.data)
+    clients = data.split(args.clients, atoll.data.IID())
     x, y = (t.numpy() for t in clients.rows.take(torch.arange(len(clients.rows))))
     held = clients.held()
     held_x, held_y = (t.numpy() for t in held.take(held.order))
@@ -125,19 +125,19 @@ def written(folder: str, model: str, told: argparse.Namespace) -> None:
         order=clients.order.numpy(),
         offsets=clients.offsets.numpy(),
     )
-    work = {"model": model, "cohort": told.cohort, "batch": 10, "lr": 0.05, "rounds": told.rounds + 2}
-    work["numerics"] = told.numerics
+    work = {"model": model, "cohort": args.cohort, "batch": 10, "lr": 0.05, "rounds": args.rounds + 2}
+    work["numerics"] = args.numerics
     (Path(folder) / "work.json").write_text(json.dumps(work))
 
 
-def compared(model: str, pythons: dict[str, str], told: argparse.Namespace) -> list[Peer]:
+def compared(model: str, pythons: dict[str, str], args: argparse.Namespace) -> list[Peer]:
     """Run all frameworks on one model, in turns."""
     with tempfile.TemporaryDirectory() as folder:
-        written(folder, model, told)
+        written(folder, model, args)
         peers: list[Peer] = []
         try:
             peers.extend(Peer(name, python, folder) for name, python in pythons.items())
-            turns = [2, *(min(told.turn, told.rounds - i) for i in range(0, told.rounds, told.turn))]
+            turns = [2, *(min(args.turn, args.rounds - i) for i in range(0, args.rounds, args.turn))]
             for number, rounds in enumerate(turns):
                 for peer in peers:
                     peer.turn(rounds, timed=number > 0)
@@ -197,16 +197,16 @@ def main() -> None:
         ask.add_argument(f"--{name}", metavar="PYTHON", help=f"of an environment that has {name}")
     ask.add_argument("--before", metavar="PYTHON", help="of an environment that has another version of atoll")
     ask.add_argument("--out", type=Path, help="where to draw")
-    told = ask.parse_args()
-    given = {BEFORE: told.before, "FedJAX": told.fedjax, "pfl-research": told.pfl, "Flower": told.flower}
+    args = ask.parse_args()
+    given = {BEFORE: args.before, "FedJAX": args.fedjax, "pfl-research": args.pfl, "Flower": args.flower}
     pythons = {"atoll": sys.executable, "bare loop": sys.executable} | {n: p for n, p in given.items() if p}
-    print(f"{'':23}{'s/round':>10}{'of ours':>10}{'accuracy':>10}{f's to {told.target}':>10}{'MB':>10}")
+    print(f"{'':23}{'s/round':>10}{'of ours':>10}{'accuracy':>10}{f's to {args.target}':>10}{'MB':>10}")
     tables = {}
-    for model in told.models:
-        tables[model] = compared(model, pythons, told)
-        printed(model, tables[model], told.target)
-    if told.out:
-        drawn(tables, told.out)
+    for model in args.models:
+        tables[model] = compared(model, pythons, args)
+        printed(model, tables[model], args.target)
+    if args.out:
+        drawn(tables, args.out)
 
 
 if __name__ == "__main__":

@@ -42,19 +42,19 @@ def cnn() -> nn.Module:
     )
 
 
-def run(up: str, down: str, data: atoll.data.Clients, told: argparse.Namespace) -> dict:
+def run(up: str, down: str, data: atoll.data.Clients, options: argparse.Namespace) -> dict:
     """Measure rounds, bytes and seconds until the target."""
-    local = Train(sgd(told.lr), steps=told.steps, batch=told.batch, keep=("order",))
+    local = Train(sgd(options.lr), steps=options.steps, batch=options.batch, keep=("order",))
     plan = Plan(
         local,
         Mean(),
         sgd(1.0),
-        cohort=told.cohort,
+        cohort=options.cohort,
         codec=parse(up, PARTS),
         downlink=parse(down, PARTS),
     )
     fleet = Fleet(COMPUTE, server="100 Mb/s")
-    training = atoll.rounds(cnn, data, plan, rounds=told.limit, seed=told.seed, fleet=fleet, evaluate_every=0)
+    training = atoll.rounds(cnn, data, plan, rounds=options.limit, seed=options.seed, fleet=fleet, evaluate_every=0)
     judge = InProcessEngine(training.task, data.held())
     total = {"rounds": 0, "up": 0, "down": 0, "clock": 0.0, "accuracy": 0.0}
     for report in training:
@@ -62,11 +62,11 @@ def run(up: str, down: str, data: atoll.data.Clients, told: argparse.Namespace) 
         total["up"] += report.bytes_up
         total["down"] += report.bytes_down
         total["clock"] = report.now
-        if report.round % told.every == 0:
+        if report.round % options.every == 0:
             total["accuracy"] = training.evaluate(judge)["accuracy"]
-            if told.verbose:
+            if options.verbose:
                 print(total, flush=True)
-            if total["accuracy"] >= told.target:
+            if total["accuracy"] >= options.target:
                 break
     return total
 
@@ -84,16 +84,16 @@ def main() -> None:
     ask.add_argument("--seed", type=int, default=0)
     ask.add_argument("--verbose", action="store_true")
     ask.add_argument("--plans", type=int, nargs="+", default=[0, 1, 2], help="which of the codecs, 0 is plain FedAvg")
-    told = ask.parse_args()
-    data = atoll.data.load("fashion_mnist").split(told.clients, atoll.data.IID())
-    rows = [(up, down, run(up, down, data, told)) for up, down in (CODECS[i] for i in told.plans)]
+    options = ask.parse_args()
+    data = atoll.data.load("fashion_mnist").split(options.clients, atoll.data.IID())
+    rows = [(up, down, run(up, down, data, options)) for up, down in (CODECS[i] for i in options.plans)]
     print(f"{'up':38}{'down':28}{'rounds':>8}{'MB up':>9}{'MB down':>9}" + "".join(f"{r:>16}" for r in RATES))
     first = None
     for up, down, total in rows:
         seconds = [(total["up"] + total["down"]) / rate(r) + COMPUTE * total["rounds"] for r in RATES]
         first = first or seconds
         cells = "".join(f"{s:9.1f} {f / s:5.1f}x" for s, f in zip(seconds, first, strict=True))
-        reached = "" if total["accuracy"] >= told.target else f"  reached {total['accuracy']:.3f} only"
+        reached = "" if total["accuracy"] >= options.target else f"  reached {total['accuracy']:.3f} only"
         sent = f"{total['up'] / 1e6:9.1f}{total['down'] / 1e6:9.1f}"
         print(f"{up:38}{down:28}{total['rounds']:8}{sent}{cells}{reached}  clock {total['clock']:.1f} s", flush=True)
 

@@ -62,8 +62,8 @@ def measured(clients: int, rows: int, cohort: int, width: int, workers: int) -> 
 
 def apart(**setting: int) -> dict[str, float]:
     """Run `measured` in a separate process."""
-    told = [sys.executable, __file__, "--setting", json.dumps(setting)]
-    done = subprocess.run(told, check=True, capture_output=True, text=True)
+    command = [sys.executable, __file__, "--setting", json.dumps(setting)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
@@ -108,13 +108,13 @@ def main() -> None:
     ask.add_argument("--only", choices=["cohort", "width", "workers", "registered"])
     ask.add_argument("--out", type=Path, help="file of the figure")
     ask.add_argument("--setting", help=argparse.SUPPRESS)
-    told = ask.parse_args()
-    if told.setting:
-        print(json.dumps(measured(**json.loads(told.setting))))
+    args = ask.parse_args()
+    if args.setting:
+        print(json.dumps(measured(**json.loads(args.setting))))
         return
-    found = tables(told.only)
-    if told.out:
-        drawn(found, told.out)
+    found = tables(args.only)
+    if args.out:
+        drawn(found, args.out)
 
 
 if __name__ == "__main__":

@@ -194,9 +194,9 @@ def compare(shape: Shape, options: argparse.Namespace) -> float:
     )
     bare, pairs = Bare(shape.model(data), data, LR, shape.batch), []
     for _ in range(rounds):
-        told: list[Tensor] = []
-        mine = seconds(lambda told=told: told.append(ours.next().clients["id"]))
-        pairs.append((mine, seconds(partial(bare.round, told[0].tolist()))))
+        cohorts: list[Tensor] = []
+        mine = seconds(lambda cohorts=cohorts: cohorts.append(ours.next().clients["id"]))
+        pairs.append((mine, seconds(partial(bare.round, cohorts[0].tolist()))))
     mine, theirs = ([statistics.median(c) for c in zip(*side, strict=True)] for side in zip(*pairs[2:], strict=True))
     ratio = theirs[0] / mine[0]
     mark = "" if ratio >= LEAST else "  slower"

@@ -73,8 +73,8 @@ def main() -> None:
             accuracy, sent = rows[name] = train(model, data, replace(plan, cohort=share), rounds, given.seed)
             first, whole = rows["none"]
             work, seconds = "all" if share is None else f"{share:.0%}", time.perf_counter() - start
-            told = f"{work:>7} {rounds:7} {name:>11} {accuracy:9.2%} {100 * (accuracy - first):+7.2f} {sent / 1e6:9.2f}"
-            print(f"{told} {f'1/{whole / sent:.0f}':>7} {seconds:8.1f}", flush=True)
+            line = f"{work:>7} {rounds:7} {name:>11} {accuracy:9.2%} {100 * (accuracy - first):+7.2f} {sent / 1e6:9.2f}"
+            print(f"{line} {f'1/{whole / sent:.0f}':>7} {seconds:8.1f}", flush=True)
 
 
 if __name__ == "__main__":

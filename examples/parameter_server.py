@@ -98,8 +98,8 @@ def run(data: Clients, pace, seconds: float) -> Ran:
     from parameter_server import Paced  # workers import this file by its module name, not as `__main__`
 
     plan = Plan(Paced(TIMES_S), Mean(), sgd(0.1), pace=pace)
-    told = {"dtype": "float64", "numerics": "loop", "evaluate_every": 0, "rounds": 10**6}
-    training = atoll.rounds("linear", data, plan, engine=Processes(workers=data.count), **told)
+    settings = {"dtype": "float64", "numerics": "loop", "evaluate_every": 0, "rounds": 10**6}
+    training = atoll.rounds("linear", data, plan, engine=Processes(workers=data.count), **settings)
     ends, thetas, fast = [], [], 0
     for report in training:
         ends.append(time.perf_counter())

@@ -96,7 +96,7 @@ class Deadly:
 
     Args:
         rows: the rows.
-        row: the index of the deadly row.
+        row: the index of the row that kills.
         times: the number of kills.
         crosses: a file that grows by one byte at each kill.
     """

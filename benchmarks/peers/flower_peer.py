@@ -37,8 +37,10 @@ def train(message: Message, context: Context) -> Message:
         optimizer.zero_grad()
         F.cross_entropy(net(x[some]), y[some]).backward()
         optimizer.step()
-    told = RecordDict({"arrays": ArrayRecord(net.state_dict()), "metrics": MetricRecord({"num-examples": len(rows)})})
-    return Message(content=told, reply_to=message)
+    content = RecordDict(
+        {"arrays": ArrayRecord(net.state_dict()), "metrics": MetricRecord({"num-examples": len(rows)})}
+    )
+    return Message(content=content, reply_to=message)
 
 
 @server.main()

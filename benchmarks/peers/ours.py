@@ -22,8 +22,8 @@ def main() -> None:
     data = replace(source.split(len(sizes), held_out=0.0), order=order, offsets=offsets_of(sizes))
     plan = atoll.recipes.fedavg(turns.lr, batch=turns.batch, cohort=turns.cohort)
     make = functools.partial(module, turns.model)
-    told = {"rounds": turns.rounds, "evaluate_every": 0, "numerics": turns.numerics}
-    training = atoll.rounds(make, data, plan, **told)
+    settings = {"rounds": turns.rounds, "evaluate_every": 0, "numerics": turns.numerics}
+    training = atoll.rounds(make, data, plan, **settings)
     for _ in range(turns.rounds):
         turns.wait(lambda rows: classes(training.model, rows))
         training.next()

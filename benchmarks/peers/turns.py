@@ -45,8 +45,8 @@ class Turns(Workload):
     """The workload, and the connection of one framework's script to the benchmark."""
 
     def __init__(self) -> None:
-        folder, asked, told = sys.argv[1:4]
-        self._asked, self._told = os.fdopen(int(asked)), os.fdopen(int(told), "w")
+        folder, requests, answers = sys.argv[1:4]
+        self._requests, self._answers = os.fdopen(int(requests)), os.fdopen(int(answers), "w")
         super().__init__(folder)
 
     def wait(self, predict: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -56,11 +56,11 @@ class Turns(Workload):
             predict: maps rows to classes with the current model.
         """
         self._say("ready")
-        while (line := self._asked.readline().strip()) == "judge":
+        while (line := self._requests.readline().strip()) == "judge":
             self._say(str(float((np.asarray(predict(self.held_x)) == self.held_y).mean())))
         if line != "go":
             os._exit(0)
 
     def _say(self, text: str) -> None:
-        self._told.write(text + "\n")
-        self._told.flush()
+        self._answers.write(text + "\n")
+        self._answers.flush()

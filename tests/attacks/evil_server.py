@@ -304,7 +304,7 @@ def second_request(group: Group) -> None:
     group.clients[0].receive(SumMessage(messages.CONFIRMED, message.body[:-68]))
 
 
-def confirmation_of_a_stranger(group: Group) -> None:
+def confirmation_of_an_unknown_client(group: Group) -> None:
     body = _until_confirmed(group).body
     group.clients[0].receive(SumMessage(messages.CONFIRMED, body + messages.confirmed_body([(9, bytes(64))])))
 
@@ -364,7 +364,7 @@ ATTACKS = [
     Attack("E17", "confirmations", other_sets_signed),
     Attack("E18", "both_shares", both_kinds_of_share),
     Attack("E19", "second_unmask", second_request),
-    Attack("E20", "not_neighbour", confirmation_of_a_stranger),
+    Attack("E20", "not_neighbour", confirmation_of_an_unknown_client),
     Attack("E21", "second_upload", second_upload),
     Attack("E22", "message", out_of_order), Attack("E22", "message", unknown_kind), Attack("E22", "message", oversize),
     Attack("E23", "privacy", noise_below_the_floor),

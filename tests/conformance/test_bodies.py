@@ -65,7 +65,7 @@ def test_logistic():
     assert "one pass" in bits(seeded(nn.Linear, 5, 1), "binary_cross_entropy", data)
 
 
-def test_what_is_rounded_by_place_is_found():
+def test_rounding_that_depends_on_the_place_is_found():
     """Sigmoid differs between vectors and the remainder, so it depends on position if rows do not fill vectors."""
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     for width, found in ((64, set()), (63, {"sigmoid"})):

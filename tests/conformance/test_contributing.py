@@ -61,7 +61,7 @@ def test_text_of_the_rule(modules):
         parse("vote:Vote()", PARTS)
 
 
-def test_refused_beside_what_is_undone_on_the_sum(modules):
+def test_refused_with_a_codec_that_decodes_the_sum(modules):
     from atoll.plan.codec import Identity
     from atoll.plan.local import Gradient
     from atoll.plan.plan import Plan

@@ -488,7 +488,7 @@ class Dealing(partition.Partition):
 
     def __call__(self, pool, clients, key):
         match self.way:
-            case "nobody":
+            case "no client":
                 return torch.full((pool.rows,), -1)
             case "unkeyed":
                 return torch.randint(clients, (pool.rows,))
@@ -660,7 +660,7 @@ BROKEN = [
     (check_pace, Waiting("louder with age"), "never increase"),
     (check_pace, Waiting("turns round"), "never below 0"),
     (check_pace, Counting(), "two results"),
-    (check_partition, Dealing("nobody"), "exactly one client"),
+    (check_partition, Dealing("no client"), "exactly one client"),
     (check_partition, Dealing("unkeyed"), "global generator"),
     (check_engine, stubborn("in the order of arrival"), "in order of their ids"),
     (check_engine, stubborn("commits by itself"), "after acceptance"),

@@ -108,7 +108,7 @@ def test_the_loop_equals_plain_autograd_in_float64(case):
 
 @pytest.mark.parametrize("case", one_in(5, [c for c in TRAINED if not c.draws]), ids=name_of)
 @pytest.mark.filterwarnings("ignore::atoll.Note")
-def test_a_module_after_a_pass_of_its_own_is_trained_alike(case):
+def test_an_earlier_pass_of_the_module_changes_no_training(case):
     case, rounds = replace(case, make=used(case.make)), 2 if case.joined else 1
     data = data_of(case)
     loop = trained(case, data, torch.float32, "loop", rounds)
@@ -253,7 +253,7 @@ def test_a_probe_reads_at_most_eight_rows_of_a_client_that_can_be_read_at_two_mo
 
 
 @pytest.mark.parametrize(("name", "draws"), [("plain", ()), ("draws", ("training", "evaluation"))])
-def test_findings_state_what_was_observed(name, draws):
+def test_findings_state_the_observation(name, draws):
     case = MODULES[name]
     found = choose(Task.of(case.make(), case.loss), data_of(case), PLAN).task.findings
     assert found.draws == draws and found.output == (3,) and found.target == () and found.probed

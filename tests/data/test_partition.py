@@ -104,7 +104,7 @@ def test_dirichlet_grows_even_with_alpha():
     assert values[-1] < 0.001
 
 
-def test_dirichlet_gives_no_more_to_who_has_a_fair_share():
+def test_dirichlet_gives_no_more_to_a_client_with_its_share():
     owner = Dirichlet(0.5)(pool(1000, classes=10), 10, Key(0))
     # One class has about 100 rows and may push a client past its fair share of 100. A second class may not.
     assert owner.bincount().max() < 100 + 130
@@ -199,13 +199,13 @@ def test_fill_up_moves_no_more_rows_than_are_missing(key, sizes, min_rows):
     assert not len(givers) or givers.max() - givers.min() <= 1
 
 
-def test_moved_rows_are_said():
+def test_moved_rows_have_a_note():
     data = source(100).split(20, Quantity(2.0))
     assert any("rows were moved" in note and "min_rows=2" in note for note in data.notes)
     assert not any("moved" in note for note in source(100).split(20, IID()).notes)
 
 
-def test_drawing_again_is_said():
+def test_a_repeated_draw_has_a_note():
     notes = (note for s in range(30) for note in source(300).split(15, Dirichlet(0.3), seed=s).notes)
     assert any("is the first with min_rows=2" in note for note in notes)
 
@@ -249,7 +249,7 @@ def test_many_clients(clients):
         (lambda: FeatureShift(noise=math.nan, rotation=90), "FeatureShift(noise=0.1, rotation=90.0)"),
     ],
 )
-def test_arguments_are_checked_where_they_are_written(make, write):
+def test_arguments_are_checked_at_construction(make, write):
     with pytest.raises(UsageError) as error:
         make()
     assert error.value.line == write

@@ -129,7 +129,7 @@ def test_a_map_style_dataset_is_read_row_by_row():
     assert rows.asked == data.client_rows(2)[:3].tolist()
 
 
-def test_labels_are_taken_from_targets_where_a_dataset_has_them():
+def test_labels_come_from_the_targets_of_a_dataset():
     class Listed(Counted):
         targets = Y.tolist()
 
@@ -165,7 +165,7 @@ def test_federate_keeps_each_clients_rows():
             assert torch.equal(got[0], x) and torch.equal(got[1], y)
 
 
-def test_federate_holds_out_what_it_is_told_to():
+def test_federate_holds_out_the_given_part():
     parts = [(X[:10], ["no", "yes"] * 5), (X[10:], ["yes", "no"] * 5)]
     assert len(federate(parts).held_out) == 4
     data = federate(parts, held_out=(X[:3], ["yes", "no", "yes"]))

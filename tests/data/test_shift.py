@@ -28,7 +28,7 @@ def test_quarter_turns_move_whole_pixels(seed, side, turns):
 
 
 @given(side=st.integers(4, 9), degrees=st.floats(-360, 360))
-def test_rotation_keeps_what_is_round(side, degrees):
+def test_rotation_keeps_norms(side, degrees):
     """A disc that fades to 0 inside the frame does not change under rotation."""
     line = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
     radius = (line[:, None] ** 2 + line**2).sqrt()

@@ -95,7 +95,7 @@ def test_natural_clients_are_the_default_and_keep_their_rows():
     assert arrays(torch.zeros(40, 1), torch.zeros(40), by=by).split(5, IID()).names is None
 
 
-def test_a_small_natural_client_is_left_out_and_said():
+def test_a_small_natural_client_is_left_out_with_a_note():
     by = ["big"] * 30 + ["tiny"] + ["small"] * 4
     data = arrays(torch.arange(35.0)[:, None], torch.arange(35.0), by=by).split(held_out=0)
     assert data.names == ("big", "small") and data.sizes.tolist() == [30, 4]
@@ -194,7 +194,7 @@ def test_as_many_clients_as_rows():
     ],
     ids=lambda value: "by hand" if isinstance(value, types.FunctionType) else repr(value),
 )
-def test_what_cannot_be_split_says_what_to_write(words):
+def test_data_without_a_split_names_the_line_to_write(words):
     data = source(torch.arange(100) % 4)
     with pytest.raises(UsageError) as error:
         data.split(**words)

@@ -28,7 +28,7 @@ def flats(tmp_path):
     return path
 
 
-def test_columns_levels_and_what_was_guessed(flats):
+def test_columns_levels_and_guesses(flats):
     data = csv(flats, by="site")
     assert data.columns == ("area", "city=Oslo", "city=Rome", "city=?", "floor")
     assert data.kind == "regression" and data.names == ("north", "south")
@@ -99,7 +99,7 @@ def test_load_takes_a_path_and_quotes_are_read(tmp_path):
         ([1.5, 2.0, 1.0], "classification", "classification"),
     ],
 )
-def test_the_task_is_guessed_from_the_target_and_said(target, task, kind):
+def test_the_task_follows_from_the_target_with_a_note(target, task, kind):
     data = frame(pandas.DataFrame({"x": [1, 2, 3], "y": target}), target="y", task=task)
     assert data.kind == kind
     assert any("Task guessed" in note for note in data.notes) == (task is None)
@@ -129,7 +129,7 @@ def test_frames_keep_their_own_types():
     assert "Column 'text' contains texts that are numbers" in " ".join(data.notes)
 
 
-def test_rows_without_a_target_are_left_out_and_said(tmp_path):
+def test_rows_without_a_target_are_left_out_with_a_note(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("x,site,y\n1,a,0\n2,b,\n3,a,1\n4,b,NA\n")
     data = csv(path, by="site")

@@ -265,7 +265,7 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize("numerics", ["lanes", "loop"])
-def test_loss_that_is_nan_everywhere(tmp_path, numerics):
+def test_a_loss_that_is_nan_for_every_client(tmp_path, numerics):
     """All clients fail in the same way, so the error names the learning rate, not a client."""
     error = refused(lambda: train(Broken("nan"), numerics=numerics, out=tmp_path), "Every client", kind=RunError)
     assert error.line == "atoll lr" and "learning rate" in error.why
@@ -274,7 +274,7 @@ def test_loss_that_is_nan_everywhere(tmp_path, numerics):
 
 
 @pytest.mark.parametrize("numerics", ["lanes", "loop"])
-def test_model_that_raises_everywhere(numerics):
+def test_a_model_that_always_raises(numerics):
     """The user's exception is the cause of the error."""
     error = refused(lambda: train(Broken("raises"), numerics=numerics), "ValueError: of mine", kind=RunError)
     assert isinstance(error.__cause__, ValueError)
@@ -496,7 +496,7 @@ def test_reading_a_text_runs_nothing(watch):
     assert watch[0] == "[]"
 
 
-def test_the_watch_sees_what_would_run(watch):
+def test_the_watch_sees_executed_code(watch):
     assert "'exec'" in watch[1] and "sched" in watch[1]
 
 

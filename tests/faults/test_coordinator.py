@@ -615,7 +615,7 @@ def test_a_revoked_client_is_closed_and_fails_each_round():
     assert of(s.join(1, channel=10), co.Present)
 
 
-def test_the_end_settles_first_says_bye_and_drains():
+def test_the_end_settles_then_sends_bye_and_drains():
     s = Server()
     for client in (1, 2, 3):
         s.join(client)

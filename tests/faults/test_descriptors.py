@@ -11,7 +11,7 @@ from test_rehearsal import flags
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_flood_of_silent_connections_costs_strangers_only(tmp_path):
+def test_a_flood_of_silent_connections_harms_no_client(tmp_path):
     settings = {"model": "mlp", "recipe": "fedavg(lr=0.1, batch=50)", "rounds": 200, "numerics": "fused"}
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with Federation(tmp_path, *flags(**settings, clients=1), clients=1) as it, contextlib.ExitStack() as flood:

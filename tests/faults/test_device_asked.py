@@ -35,7 +35,7 @@ def data():
     return atoll.data.load("digits").split(clients=5)
 
 
-def test_auto_takes_what_there_is(gpus):
+def test_auto_takes_the_available_device(gpus):
     assert resolve_device("auto") == resolve_device("cpu") == HOST
     gpus(2)
     assert resolve_device("auto") == resolve_device("cuda") == resolve_device("cuda:0") == torch.device("cuda", 0)
@@ -94,8 +94,8 @@ def test_at_the_command_line(gpus, tmp_path, monkeypatch, capsys):
         "report=false",
     ]
     assert main([*line, "--device", "cuda:3"]) == 2
-    told = capsys.readouterr().err
-    assert "torch finds no GPU" in told and "Write: --device cpu" in told and "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert "torch finds no GPU" in printed and "Write: --device cpu" in printed and "Traceback" not in printed
     assert main([*line, "--device", "cpu", "--precision", "bf16"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "done"
     (run,) = (tmp_path / "runs").glob("*-*")
@@ -123,18 +123,18 @@ def test_worker_processes_compute_on_the_cpu(gpus, data):
     training.close()
 
 
-def test_a_run_goes_on_where_it_began(gpus, data, tmp_path):
+def test_a_run_resumes_in_its_folder(gpus, data, tmp_path):
     """A run resumes on its own device, even if a GPU is available now. Without that device, the resume is refused."""
-    plan, told = recipes.fedavg(0.1), {"out": tmp_path, "report": False}
-    first = atoll.train("softmax", data, plan, rounds=1, **told)
+    plan, settings = recipes.fedavg(0.1), {"out": tmp_path, "report": False}
+    first = atoll.train("softmax", data, plan, rounds=1, **settings)
     gpus(1)
-    assert atoll.train("softmax", data, plan, rounds=2, resume=first.path, **told).rounds == 2
+    assert atoll.train("softmax", data, plan, rounds=2, resume=first.path, **settings).rounds == 2
     environment = first.path / "environment.json"
     about = json.loads(environment.read_text(encoding="utf-8"))
     environment.write_text(json.dumps(about | {"device": "cuda"}), encoding="utf-8")
     gpus(0)
     with pytest.raises(UsageError, match="torch finds no GPU"):
-        atoll.train("softmax", data, plan, rounds=3, resume=first.path, **told)
+        atoll.train("softmax", data, plan, rounds=3, resume=first.path, **settings)
 
 
 def test_a_gpu_without_bfloat16(monkeypatch):
@@ -149,7 +149,7 @@ def test_a_gpu_without_bfloat16(monkeypatch):
     check_precision("bf16", "float32", "auto", gpu)
 
 
-def test_free_memory_counts_what_torch_holds_and_does_not_use(monkeypatch):
+def test_free_memory_includes_the_unused_cache_of_torch(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 8000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)

@@ -26,7 +26,7 @@ class Hosted:
 
     def __init__(self, home, settings, **spec):
         self.home, self.events, self.result = Path(home), [], None
-        self._told = threading.Condition()
+        self._changed = threading.Condition()
         texts = {name.replace("__", "."): str(value) for name, value in settings.items()}
         self.experiment = Experiment().with_settings({"data": "digits", "report": "false", **texts})
         self.spec = Server(str(home), drain=5.0, **spec)
@@ -44,13 +44,13 @@ class Hosted:
             self._notify({"event": "listening", "address": "", "error": error})
 
     def _notify(self, facts):
-        with self._told:
+        with self._changed:
             self.events.append(dict(facts))
-            self._told.notify_all()
+            self._changed.notify_all()
 
     def wait(self, kind):
-        with self._told:
-            assert self._told.wait_for(lambda: any(e["event"] == kind for e in self.events), 60), self.events
+        with self._changed:
+            assert self._changed.wait_for(lambda: any(e["event"] == kind for e in self.events), 60), self.events
             return next(e for e in self.events if e["event"] == kind)
 
     def tokens(self, *names):

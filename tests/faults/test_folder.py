@@ -184,7 +184,7 @@ def test_a_small_disk(tmp_path, whole):
 # folders that cannot be written, are not a run, or are in use
 
 
-def as_nobody(act):
+def without_rights(act):
     """Call a function in a child process that is not root, since root may write everywhere.
 
     Returns its error as (class, text).
@@ -196,10 +196,10 @@ def as_nobody(act):
             if os.geteuid() == 0:
                 os.setuid(65534)
             act()
-            told = ["", ""]
+            found = ["", ""]
         except BaseException as error:
-            told = [type(error).__name__, str(error)]
-        os.write(write, json.dumps(told).encode())
+            found = [type(error).__name__, str(error)]
+        os.write(write, json.dumps(found).encode())
         os._exit(0)
     os.close(write)
     os.waitpid(pid, 0)
@@ -219,7 +219,7 @@ def visible(tmp_path):
 def test_read_only_folder(visible):
     parent = visible / "runs"
     parent.mkdir(mode=0o555)
-    name, text = as_nobody(lambda: runs.RunFolder.create(parent, "", {}))
+    name, text = without_rights(lambda: runs.RunFolder.create(parent, "", {}))
     assert name == "UsageError"
     assert "Permission denied" in text and "out=" in text
     assert not list(parent.iterdir())
@@ -231,7 +231,7 @@ def test_read_only_run(visible):
     for p in (path, *path.rglob("*")):
         p.chmod(0o555 if p.is_dir() else 0o444)
     (visible / "runs").chmod(0o755)
-    name, text = as_nobody(lambda: runs.RunFolder.open(path))
+    name, text = without_rights(lambda: runs.RunFolder.open(path))
     assert name == "RunError" and "Permission denied" in text
     assert contents(path) == before
 

@@ -64,8 +64,8 @@ def result(path):
     assert len((path / "metrics.csv").read_text().splitlines()) == len(rows) + 1
     assert not list(path.rglob("*.new"))
     models = [(path / f"{name}.safetensors").read_bytes() for name in ("model", "best")]
-    told = [without(e, "time") for e in events if e["event"] in ("clients", "trips", "failure")]
-    return models, [without(row, "seconds") for row in rows], told
+    found = [without(e, "time") for e in events if e["event"] in ("clients", "trips", "failure")]
+    return models, [without(row, "seconds") for row in rows], found
 
 
 def without(row, name):
@@ -102,12 +102,12 @@ POINTS = [
 ]
 
 
-def test_somebody_flies_when_it_is_killed(undisturbed):
+def test_a_client_is_at_work_at_the_kill(undisturbed):
     """The third plan has flights of older model versions, dropouts and compressed downlinks at the kills."""
-    _, (_, rows, told) = undisturbed("flying")
-    clients = [e for e in told if e["event"] == "clients"]
+    _, (_, rows, found) = undisturbed("flying")
+    clients = [e for e in found if e["event"] == "clients"]
     assert sum(max(e["staleness"]) > 0 for e in clients) >= ROUNDS // 2
-    assert "dropped" in {fate for e in told if e["event"] == "trips" for fate in e["fate"]}
+    assert "dropped" in {fate for e in found if e["event"] == "trips" for fate in e["fate"]}
     assert len({size for e in clients for size in e["bytes_down"]}) > 2
     assert len(rows) == ROUNDS
 

@@ -86,7 +86,7 @@ KILLED = [
 
 
 @pytest.mark.parametrize(("name", "how", "body", "chunk"), one_in(3, KILLED))
-def test_a_killed_client_is_one_not_heard(name, how, body, chunk):
+def test_a_killed_client_is_a_missing_client(name, how, body, chunk):
     local = LOCALS[name]
     data, who = classification(SIZES), frozenset((0, 4, 5))
     engine = InProcessEngine(task_of(mlp(), data, body), data, chunk)
@@ -116,7 +116,7 @@ def test_in_float32_too(how):
     assert bool(torch.isfinite(state.model.theta).all())
 
 
-def test_what_a_lost_client_keeps_stands_still():
+def test_a_lost_client_keeps_its_memory():
     data, local = classification(SIZES), LOCALS["keeps"]
     engine = InProcessEngine(task_of(mlp(), data), data)
     before, _ = run(Plan(local, Mean()), engine, 2)
@@ -239,7 +239,7 @@ def test_a_users_own_loop_that_raises_for_one_client():
 
 @pytest.mark.parametrize("how", ["raises", "nan"])
 @pytest.mark.parametrize("clients", [1, 7])
-def test_what_strikes_every_client_alike_is_raised(how, clients):
+def test_a_fault_of_every_client_is_raised(how, clients):
     data = classification(SIZES[:clients])
     engine = InProcessEngine(task_of(mlp(), data), data)
     plan = Plan(Sick(Gradient(), frozenset(range(7)), how, since=1), Mean(), max_failed=1.0)
@@ -265,7 +265,7 @@ def test_more_failures_than_allowed_end_the_run():
     assert reports[0].arrived == 3
 
 
-def test_a_round_nobody_is_heard_in_changes_nothing():
+def test_a_round_without_arrivals_changes_nothing():
     """All clients fail, each with another error, and the plan allows it: θ and the optimizer stay unchanged."""
 
     def fail(model, loader, ctx):

@@ -94,7 +94,7 @@ def test_an_incomplete_last_line_was_no_charge(tmp_path):
     assert len(Ledger(path).rows) == 3 and path.read_bytes() == whole
 
 
-def test_a_ledger_that_became_shorter_is_refused(tmp_path):
+def test_a_shortened_ledger_is_refused(tmp_path):
     path = tmp_path / "ledger.jsonl"
     it = charged(path)
     last = it.ledger.last

@@ -35,7 +35,7 @@ def mlp():
 
 
 @pytest.fixture(scope="module")
-def told():
+def problem():
     data = classification(SIZES)
     return task_of(mlp(), data, "lanes", torch.float32), data
 
@@ -44,7 +44,7 @@ def plan_of(most, kind="host", **more):
     return Plan(Scarce(most=most, kind=kind), Mean(), rules.sgd(0.5), **more)
 
 
-def test_what_the_system_says_is_known():
+def test_errors_of_the_system_are_recognised():
     """Real errors of the host for impossible allocations are recognised."""
     for ask in (lambda: torch.empty(1 << 58, dtype=torch.uint8), lambda: bytearray(1 << 60)):
         with pytest.raises((RuntimeError, MemoryError)) as error:
@@ -57,8 +57,8 @@ def test_what_the_system_says_is_known():
 
 
 @pytest.mark.parametrize(("most", "kind"), by_turns([1, 3, 4, 12], KINDS))
-def test_the_chunk_halves_and_no_bit_changes(told, most, kind):
-    task, data = told
+def test_the_chunk_halves_and_no_bit_changes(problem, most, kind):
+    task, data = problem
     expected, plain = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcessEngine(task, data), 3)
     engine = InProcessEngine(task, data)
     state, reports = run(plan_of(most, kind), engine, 3)
@@ -72,9 +72,9 @@ def test_the_chunk_halves_and_no_bit_changes(told, most, kind):
     assert [r.notes for r in reports[1:]] == [(), ()]
 
 
-def test_what_did_not_fit_is_not_tried_again(told):
+def test_a_chunk_that_exceeded_memory_is_not_tried_again(problem):
     """One chunk of 13 clients and one of 7 fail, once in the whole run."""
-    task, data = told
+    task, data = problem
     plan = plan_of(4)
     Scarce.tried.clear()
     run(plan, InProcessEngine(task, data), 3)
@@ -82,8 +82,8 @@ def test_what_did_not_fit_is_not_tried_again(told):
     assert sum(n for n in Scarce.tried if n <= 4) == 3 * 13
 
 
-def test_asked_for_larger_chunks_or_for_others_stay(told):
-    task, data = told
+def test_asked_for_larger_chunks_or_for_others_stay(problem):
+    task, data = problem
     expected, _ = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcessEngine(task, data))
     for chunk in (2, 4, 100):
         engine = InProcessEngine(task, data, chunk)
@@ -91,8 +91,8 @@ def test_asked_for_larger_chunks_or_for_others_stay(told):
         assert engine.room.most == (None if chunk <= 4 else 4)
 
 
-def test_memory_that_clients_keep_survives_halving(told):
-    task, data = told
+def test_memory_that_clients_keep_survives_halving(problem):
+    task, data = problem
     local = Train(rules.adam(0.01), steps=2, batch=4, keep=("optimizer", "order"))
     expected, _ = run(Plan(local, Mean()), InProcessEngine(task, data), 3)
 
@@ -104,8 +104,8 @@ def test_memory_that_clients_keep_survives_halving(told):
 
 
 @pytest.mark.parametrize("body", ["lanes", "loop"])
-def test_a_client_that_does_not_fit_by_itself_ends_the_run(told, body):
-    task, data = told
+def test_a_client_that_does_not_fit_by_itself_ends_the_run(problem, body):
+    task, data = problem
     engine = InProcessEngine(replace(task, numerics=body), data)
     with pytest.raises(RunError) as error:
         run(plan_of(0), engine)
@@ -149,9 +149,9 @@ class Heavy(Mean):
         return super().fold(partial, contribution, ids)
 
 
-def test_no_room_for_the_sum_is_told(told):
+def test_too_little_memory_for_the_sum_is_an_error(problem):
     """A partly added chunk cannot be subtracted: the run ends, and the error suggests a smaller chunk."""
-    task, data = told
+    task, data = problem
     with pytest.raises(RunError) as error:
         run(Plan(Gradient(), Heavy()), InProcessEngine(task, data))
     assert error.value.at("shell").line == "--chunk 6" and "together with their sum: MemoryError" in error.value.given
@@ -160,9 +160,9 @@ def test_no_room_for_the_sum_is_told(told):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_halve_too(told, workers):
+def test_worker_processes_halve_too(problem, workers):
     """Each worker reports the largest chunk that fits. The engine reports one note and assigns smaller chunks."""
-    task, data = told
+    task, data = problem
     task = replace(task, numerics="fused")  # in `lanes` each worker would import torch.func for seconds
     expected, _ = run(Plan(Gradient(), Mean(), rules.sgd(0.5)), InProcessEngine(task, data), 3)
     with ProcessesEngine(task, data, workers=workers) as engine:
@@ -196,8 +196,8 @@ def test_room_is_a_limit_that_only_falls():
     assert len(room.take_note()) == 1 and room.take_note() == ()
 
 
-def test_recipes_are_as_they_were(told):
+def test_recipes_are_as_they_were(problem):
     """If all chunks fit, no chunk is halved and no note is reported."""
-    task, data = told
+    task, data = problem
     _, reports = run(recipes.fedavg(0.1), InProcessEngine(task, data))
     assert [r.notes for r in reports] == [(), ()]

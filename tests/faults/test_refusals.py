@@ -349,5 +349,5 @@ def test_it_is_refused_with_a_file(name, tmp_path):
 def test_it_is_refused_at_the_command_line(name, capsys):
     words, given, required = COMMANDS[name]
     assert main(words) == 2
-    told = capsys.readouterr().err
-    assert given in told and required in told
+    printed = capsys.readouterr().err
+    assert given in printed and required in printed

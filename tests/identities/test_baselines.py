@@ -54,21 +54,21 @@ def last(model, data, plan, count, **settings):
 
 def test_pooled_is_plain_training_on_all_rows(digits):
     part = Train(sgd(0.3, momentum=0.5), epochs=2, batch=20)
-    told = baselines.pooled(ran("softmax", digits, Plan(part, Mean()), 2))
+    found = baselines.pooled(ran("softmax", digits, Plan(part, Mean()), 2))
     alone = last("softmax", digits.pooled(), Plan(part, ALONE), 2, numerics="loop")
-    assert {n: told[n] for n in alone} == alone
+    assert {n: found[n] for n in alone} == alone
     federated = last("softmax", digits.pooled(), Plan(part, Mean()), 2)
-    assert told["held_out_loss"] == pytest.approx(federated["held_out_loss"], rel=1e-5)
-    assert told["samples"] == 2 * 2 * len(digits.order)
+    assert found["held_out_loss"] == pytest.approx(federated["held_out_loss"], rel=1e-5)
+    assert found["samples"] == 2 * 2 * len(digits.order)
 
 
 def test_pooled_gradient_descent_is_the_distributed_one(digits):
     training = ran("softmax", digits, recipes.distributed_gd(0.5), dtype="float64", evaluate_every=3)
-    told = plain(baselines.pooled(training))
-    assert told["held_out_loss"] == pytest.approx(training.evaluate()["held_out_loss"], rel=1e-12)
+    reports = plain(baselines.pooled(training))
+    assert reports["held_out_loss"] == pytest.approx(training.evaluate()["held_out_loss"], rel=1e-12)
     summed = Plan(Gradient(), Sum(), sgd(0.5 / len(digits.order)))
     found = baselines.pooled(ran("softmax", digits, summed, dtype="float64"))
-    assert plain(found) == pytest.approx(told, rel=1e-12)
+    assert plain(found) == pytest.approx(reports, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ def test_the_only_client_alone_is_that_client_trained_by_itself(digits):
     first = data.only(torch.tensor([0]))
     training = ran("softmax", first, plan, numerics="lanes")
     same = ran("softmax", first, Plan(plan.local, ALONE), numerics="lanes")
-    told, many = baselines.alone(training), baselines.alone(ran("softmax", data, plan, numerics="lanes"))
+    found, many = baselines.alone(training), baselines.alone(ran("softmax", data, plan, numerics="lanes"))
     model, _ = baselines._lanes(training, baselines._solo(plan), torch.tensor([0]), torch.ones(3, 1) > 0)
     assert torch.equal(model.theta[0], same.state.model.theta)
     each = same.evaluate()
-    assert {n: told[n] for n in each} == each
-    assert many["held_out_loss_models_min"] <= told["held_out_loss"] <= many["held_out_loss_models_max"]
+    assert {n: found[n] for n in each} == each
+    assert many["held_out_loss_models_min"] <= found["held_out_loss"] <= many["held_out_loss_models_max"]
 
 
 def loop(model, loader, ctx):
@@ -129,10 +129,10 @@ def loop(model, loader, ctx):
     ids=["own", "plateau"],
 )
 def test_any_part_trains_alone(digits, part):
-    told = baselines.compare_baselines(ran("softmax", few(digits), Plan(part, Mean()), 3))
-    assert told["local"]["clients"] == 3
-    assert told["local"]["held_out_loss"] < 2.302
-    assert told["pooled"]["held_out_loss"] < told["local"]["held_out_loss"]
+    found = baselines.compare_baselines(ran("softmax", few(digits), Plan(part, Mean()), 3))
+    assert found["local"]["clients"] == 3
+    assert found["local"]["held_out_loss"] < 2.302
+    assert found["pooled"]["held_out_loss"] < found["local"]["held_out_loss"]
 
 
 @pytest.mark.slow
@@ -145,28 +145,28 @@ def test_as_many_samples_as_the_federation(digits):
         (Plan(Gradient(batch=8), Mean(), sgd(0.1)), 4 * 8 * 6),
         (Plan(Gradient(), Mean(), sgd(0.1), cohort=3), 4 * total / 2),
     ]:
-        told = baselines.compare_baselines(ran("softmax", data, plan, 4))
-        assert told["pooled"]["samples"] == pytest.approx(seen, rel=0.03), plan
-        assert told["local"]["samples"] * 6 == pytest.approx(seen, rel=0.03), plan
+        found = baselines.compare_baselines(ran("softmax", data, plan, 4))
+        assert found["pooled"]["samples"] == pytest.approx(seen, rel=0.03), plan
+        assert found["local"]["samples"] * 6 == pytest.approx(seen, rel=0.03), plan
 
 
 def test_many_clients_are_drawn(monkeypatch):
     monkeypatch.setattr(baselines, "MAX_CLIENTS", 20)
     x = torch.arange(150.0)[:, None] / 150
     data = arrays(x, (x[:, 0] > 0.5).long(), task="classification").split(60, IID())
-    told = baselines.alone(ran("softmax", data, recipes.fedavg(0.5, cohort=2), 2))
-    assert (told["clients"], told["population"]) == (20, 60)
-    assert told["accuracy_models_min"] <= told["accuracy"] <= told["accuracy_models_max"]
+    found = baselines.alone(ran("softmax", data, recipes.fedavg(0.5, cohort=2), 2))
+    assert (found["clients"], found["population"]) == (20, 60)
+    assert found["accuracy_models_min"] <= found["accuracy"] <= found["accuracy_models_max"]
 
 
-def test_what_diverges_alone_is_judged_as_it_stood(digits):
+def test_a_diverged_baseline_is_evaluated_at_its_last_model(digits):
     data = few(digits, clients=2)
     training = ran("softmax", data, recipes.fedavg(0.1, batch=5), 2)
     training.plan = recipes.fedavg(1e38, batch=5)
-    told = baselines.compare_baselines(training)
-    assert told["pooled"]["diverged"] in (0, 1)
-    assert told["local"]["diverged"] == 2
-    assert all(isinstance(v, (int, float)) for values in told.values() for v in plain(values).values())
+    found = baselines.compare_baselines(training)
+    assert found["pooled"]["diverged"] in (0, 1)
+    assert found["local"]["diverged"] == 2
+    assert all(isinstance(v, (int, float)) for values in found.values() for v in plain(values).values())
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +207,9 @@ def test_own_rows_of_a_local_model_are_those_of_its_client(opposite, numerics):
         x, y = (t.float() for t in data.held_out.take(mine))
         with torch.no_grad():
             own.append(float((alone.model(x).reshape(-1) - y).square().mean()))
-    told = baselines.alone(training)
-    assert told["held_out_loss_clients"] == pytest.approx(np.mean(own), rel=1e-5)
-    assert told["held_out_loss_min"] == pytest.approx(max(own), rel=1e-5)
+    found = baselines.alone(training)
+    assert found["held_out_loss_clients"] == pytest.approx(np.mean(own), rel=1e-5)
+    assert found["held_out_loss_min"] == pytest.approx(max(own), rel=1e-5)
 
 
 def test_constants_of_all_rows_and_of_each_client(opposite):
@@ -226,11 +226,11 @@ def test_constants_of_all_rows_and_of_each_client(opposite):
     assert found["constant"]["intervals"]["held_out_loss"][2] == len(held)
 
 
-def test_nothing_to_judge_on_is_said():
+def test_missing_held_out_rows_are_the_reason_to_skip():
     data = load("diabetes").split(3, held_out=0)
-    told = baselines.compare_baselines(ran("linear", data, recipes.gd(0.1)))
-    assert list(told) == ["skipped"]
-    assert "held_out" in told["skipped"]["reason"]
+    found = baselines.compare_baselines(ran("linear", data, recipes.gd(0.1)))
+    assert list(found) == ["skipped"]
+    assert "held_out" in found["skipped"]["reason"]
 
 
 def test_the_run_stays_as_it_was(digits):

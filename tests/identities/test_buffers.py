@@ -133,7 +133,7 @@ def test_buffers_survive_resume_and_load(tmp_path):
         assert torch.equal(whole.model.train(mode)(x), loaded.train(mode)(x))
 
 
-def test_a_model_that_came_in_evaluation_mode_trains_with_a_note():
+def test_a_model_in_evaluation_mode_trains_with_a_note():
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))).eval()
     with pytest.warns(atoll.Note, match="evaluation mode"):
         training, _ = rounds(module, rounds=1)

@@ -94,7 +94,7 @@ def test_the_link_never_idles_while_something_waits(transfers, upward):
 
 
 @given(FLEETS, st.integers(0, 4), st.integers(0, 10**4), st.integers(0, 10**4), st.integers(0, 10**5))
-def test_a_lone_flight_takes_what_is_predicted(fleet, client, down, up, number):
+def test_a_single_flight_takes_the_predicted_time(fleet, client, down, up, number):
     clock = Clock(fleet, SIZES, 11)
     clock.start(number, client, down, up, work=2.0)
     predicted = clock.predict(client, down, up, work=2.0, number=number)
@@ -146,7 +146,7 @@ FLIGHT = st.tuples(st.floats(0, 10), st.integers(0, 4), st.integers(1, 10**4), s
 
 
 @given(st.lists(FLIGHT, min_size=1, max_size=25))
-def test_sharing_is_what_a_fluid_would_do(flights):
+def test_shared_bandwidth_follows_the_fluid_model(flights):
     flights.sort()
     fleet = Fleet(Each((0.5, 1, 2, 0.1, 3)), uplink=Each((300, 900, 5000, 1e4, 1e5)), server=2000.0, latency=0.125)
     clock = Clock(fleet, SIZES, 0)
@@ -194,7 +194,7 @@ def test_ties_are_broken_by_the_ordinal_whatever_ends():
 @pytest.mark.parametrize(
     ("started", "kept", "means"), [(100, 100, 3.44), pytest.param(130, 100, 1.49, marks=pytest.mark.slow)]
 )
-def test_what_stragglers_cost(started, kept, means):
+def test_the_cost_of_stragglers(started, kept, means):
     """Half-normal durations: the wait for `kept` of `started`, in mean durations, equals its exact expectation."""
     x = torch.linspace(0, 8, 100_001, dtype=torch.float64)
     f = torch.erf(x / math.sqrt(2))
@@ -244,7 +244,7 @@ def test_blocks_do_not_show(monkeypatch):
     assert [clock.compute_seconds(0, number) for number in numbers] == whole
 
 
-def test_draws_stay_what_they_are():
+def test_draws_keep_their_bits():
     """A checkpoint continues under a later version, so these numbers are part of its format."""
     clock = Clock(Fleet(HalfNormal(), uplink=LogNormal(2.0, per="flight"), dropout=0.5), ones(4), 7)
     for number in range(4):
@@ -408,17 +408,17 @@ def test_looking_on_the_way_changes_nothing(fleet, operations, looks):
 def test_every_flight_ends_once():
     order = random.Random(1)
     clock = Clock(Fleet(HalfNormal(per="flight"), server=500.0, dropout=0.2), ones(20), 3)
-    heard, cancelled = [], set()
+    arrived, cancelled = [], set()
     for number in range(500):
         clock.start(number, number % 20, order.randrange(100), order.randrange(100))
         if order.random() < 0.1:
             cancelled.add(number)
             clock.cancel(number)
         if len(clock) > 15:
-            heard.append(clock.next())
-    heard += rest(clock)
-    assert sorted([event.number for event in heard] + list(cancelled)) == list(range(500))
-    assert [event.time for event in heard] == sorted(event.time for event in heard)
+            arrived.append(clock.next())
+    arrived += rest(clock)
+    assert sorted([event.number for event in arrived] + list(cancelled)) == list(range(500))
+    assert [event.time for event in arrived] == sorted(event.time for event in arrived)
     for trip in clock.trips():
         assert trip.start <= trip.loaded <= trip.computed <= trip.end
         assert (trip.fate == "cancel") == (trip.number in cancelled)
@@ -441,7 +441,7 @@ def test_a_start_that_cannot_be_is_refused_and_nothing_began(flight, server):
     same(clock, before)
 
 
-def test_time_does_not_run_back_and_nobody_lands_twice():
+def test_time_is_monotone_and_each_client_arrives_once():
     clock = Clock(Fleet(), ones(2), 0)
     clock.start(0, 0, 1, 1)
     clock.next()

@@ -169,7 +169,7 @@ def test_keys_of_two_stages_and_two_rounds_differ():
     )
 
 
-def test_what_opens_is_close_and_small():
+def test_a_rounded_update_is_close_and_small():
     engine = setting()
     plain, rounded = Plan(Gradient(), Mean(), rules.sgd(0.1)), Plan(Gradient(), Mean(), rules.sgd(0.1), codec=Round())
     (one, (exact, _)), (other, (report, _)) = (run(plan, engine) for plan in (plain, rounded))
@@ -205,7 +205,7 @@ def test_a_stage_that_decodes_behind_one_that_opens_is_refused_with_a_line_that_
 @pytest.mark.parametrize(("body", "how"), by_turns(["lanes", "loop"], ["raises", "nan"]))
 @settings(max_examples=5)
 @given(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=10))
-def test_all_that_was_sent_and_what_is_kept_is_all_that_was_meant(body, how, lost):
+def test_sums_of_messages_and_memory_equal_the_sums_of_updates(body, how, lost):
     """Σ sent + Σ e = Σ meant, over the rounds in which a client's message arrived; θ moved by the sum of the messages.
 
     All numbers are multiples of 1/64, so that only the stage itself rounds.
@@ -217,14 +217,14 @@ def test_all_that_was_sent_and_what_is_kept_is_all_that_was_meant(body, how, los
 
     assert {(f.client, f.round) for report in reports for f in report.failures} == lost
     everyone = torch.arange(len(SIZES))
-    heard = [torch.tensor([(i, r) not in lost for i in range(len(SIZES))]) for r in range(rounds)]
-    meant = sum((said(everyone, r, d) * heard[r][:, None] for r in range(rounds)), torch.zeros(len(SIZES), d))
+    arrived = [torch.tensor([(i, r) not in lost for i in range(len(SIZES))]) for r in range(rounds)]
+    meant = sum((said(everyone, r, d) * arrived[r][:, None] for r in range(rounds)), torch.zeros(len(SIZES), d))
     kept = state.memory.take(everyone)["codec/e"]
     assert kept.abs().max() <= 0.125
     assert torch.equal(-state.model.theta + kept.sum(0), meant.sum(0))
     for i in range(len(SIZES)):  # a lost message of one client does not change the memory of another
         alone = torch.zeros(1, d, dtype=torch.float64)
         for r in range(rounds):
-            if heard[r][i]:
+            if arrived[r][i]:
                 alone = ErrorFeedback().encode(said(torch.tensor([i]), r, d), {"e": alone}, {}, Key(0))[3]["e"]
         assert torch.equal(alone[0], kept[i])

@@ -142,7 +142,7 @@ def test_messages_of_another_length_are_refused(codec):
 
 
 @HALF
-def test_a_message_is_refused_or_means_what_it_says(codec):
+def test_an_altered_message_is_refused_or_decodes_to_its_fields(codec):
     """Any bytes of the right length decode to a message that encodes to the same bytes, or they are refused."""
     x, key = draw(1, 70)
     codec, memory, shared = start(codec, 70, 1)
@@ -220,7 +220,7 @@ def test_a_lane_depends_on_its_own_client_alone(codec, d):
 
 @HALF
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_arrives_as_such_and_harms_no_neighbour(codec, bad):
+def test_a_value_that_is_not_finite_arrives_and_changes_no_other(codec, bad):
     x, key = draw(3, 3000)
     clean = send(codec, x, key)
     x[1, 1234] = bad
@@ -237,7 +237,7 @@ def test_zero_arrives_as_zero(codec):
 
 @HALF
 @pytest.mark.parametrize("power", [-60, 60])
-def test_scaling_by_a_power_of_two_scales_what_arrives(codec, power):
+def test_scaling_by_a_power_of_two_scales_the_decoded_update(codec, power):
     x, key = draw(2, 3000)
     assert same(
         send(codec, torch.ldexp(x, torch.tensor(power)), key), torch.ldexp(send(codec, x, key), torch.tensor(power))
@@ -339,7 +339,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("text", "required"), REFUSED, ids=[text for text, _ in REFUSED])
-def test_what_cannot_be_is_refused_with_a_line_that_can(text, required):
+def test_invalid_settings_are_refused_with_a_line_that_works(text, required):
     with pytest.raises(UsageError) as caught:
         parse(text, NAMES)
     assert required in str(caught.value)
@@ -373,7 +373,7 @@ def test_ef21_without_the_total_weight_names_the_call_of_bind_that_it_needs():
 
 
 @pytest.mark.parametrize("codec", [Entropy(), TopK(0.1) >> Entropy(), LowRank(1), ErrorFeedback(Eden(1))], ids=repr)
-def test_a_message_cut_anywhere_is_refused(codec):
+def test_a_shortened_message_is_refused(codec):
     x, key = draw(1, 70)
     codec, memory, shared = start(codec, 70, 1)
     (good,) = codec.to_bytes(*codec.encode(x, memory, shared, key)[:2])
@@ -494,7 +494,7 @@ def test_ternary_sends_three_values():
 
 @pytest.mark.parametrize("norm", ["max", "l2"])
 @pytest.mark.parametrize("levels", [1, 2, 7, 15])
-def test_what_error_feedback_takes_contracts(levels, norm):
+def test_codecs_under_error_feedback_are_contractions(levels, norm):
     """The worst vector for rounding: one number of full size among many of a fraction f of a step."""
     tame = Quantize(levels=levels, bucket=1024, norm=norm).contraction()
     if not isinstance(tame, Quantize):

@@ -101,7 +101,7 @@ def test_messages_shrink(codec, share):
     assert bits(codec >> Entropy(), 200_000) < share * bits(codec, 200_000)
 
 
-def test_what_cannot_be_compressed_is_sent_as_it_is():
+def test_incompressible_values_are_sent_as_they_are():
     codec, payload, side, _ = encoded(Sign() >> Entropy(), 4096)
     plain = Chain((Sign(),)).bind(flat_layout(4096))
     assert codec.to_bytes(payload, side) == plain.to_bytes(payload, side)
@@ -201,7 +201,7 @@ def test_any_bytes_are_refused_or_are_a_message(data, framed):
 # ---- without the extra
 
 
-def test_without_the_extra_it_says_what_to_install(monkeypatch):
+def test_without_the_extra_the_error_names_the_install_line(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(name)
 

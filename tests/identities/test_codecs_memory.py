@@ -73,7 +73,7 @@ def draw(r: int, keep: float) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("inner", "keep"), one_in(2, by_turns(INNER, [1.0, 0.7])), ids=repr)
-def test_what_was_sent_and_what_is_kept_is_what_was_meant(inner, keep):
+def test_message_plus_memory_equals_the_update(inner, keep):
     layout = Layout.of(nn.Linear(34, 20), torch.float64)
     federation = Federation(ErrorFeedback(inner), torch.ones(CLIENTS, dtype=torch.int64), layout)
     meant, sent = (torch.zeros(CLIENTS, D, dtype=torch.float64) for _ in range(2))
@@ -98,7 +98,7 @@ def test_a_shift_keeps_the_mean_of_all_clients_last_ones(inner, keep):
         torch.testing.assert_close(mean, expected, rtol=0, atol=1e-12)
 
 
-def test_a_shift_says_that_its_mean_is_over_everyone_and_keeps_it_to_the_server():
+def test_a_shift_declares_a_mean_over_all_clients_that_stays_at_the_server():
     shift = EF21(LowRank(1))
     layout = Layout.of(nn.Linear(34, 20))
     for codec, start in ((shift, ""), (Identity() >> shift, "1."), (shift >> Entropy(), "0.")):
@@ -152,7 +152,7 @@ class Net(nn.Module):
         self.tiny = nn.Linear(2, 2)
 
 
-def test_low_rank_sends_factors_of_what_is_large_enough():
+def test_low_rank_sends_factors_of_large_matrices():
     layout = Layout.of(Net())
     shapes = {e.name: (p.m, p.n) for e, p in zip(layout.segment("params"), matrices(layout, 2), strict=True)}
     assert shapes == {

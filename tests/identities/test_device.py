@@ -57,11 +57,11 @@ def check(plan, module, data, body, dtype=torch.float32, rounds=2, **engine):
     task = task_of(module, data, body, dtype)
     here, expected = run(plan, InProcessEngine(task, data, **engine), rounds)
     with far_device():
-        there, told = run(plan, InProcessEngine(task.on(FAR), data, **engine), rounds)
+        there, found = run(plan, InProcessEngine(task.on(FAR), data, **engine), rounds)
         assert there.model.theta.device == FAR
         assert {t.device for t in there.model if isinstance(t, torch.Tensor)} == {FAR}
         same(everything(there, data.count), everything(here, data.count))
-        for one, other in zip(told, expected, strict=True):
+        for one, other in zip(found, expected, strict=True):
             assert (one.metrics, one.failures, one.arrived) == (other.metrics, other.failures, other.arrived)
             assert (one.bytes_up, one.bytes_down) == (other.bytes_up, other.bytes_down)
             assert all(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in one.clients.values())
@@ -247,24 +247,30 @@ def test_the_front_door(far, monkeypatch, tmp_path, numerics, resident):
     monkeypatch.setattr(inprocess, "free", lambda device: free)
     data = atoll.data.load("wine").split(clients=6)
     plan = Plan(Train(rules.adam(0.01), steps=2, batch=8, keep=("optimizer", "order")), Mean(), rules.adam(0.01))
-    told = {"numerics": numerics, "out": tmp_path, "report": False, "baselines": numerics == "lanes"}
-    first = atoll.train("mlp", data, plan, rounds=1, **told)
-    whole = atoll.train("mlp", data, plan, rounds=2, resume=first.path, **told)
+    settings = {"numerics": numerics, "out": tmp_path, "report": False, "baselines": numerics == "lanes"}
+    first = atoll.train("mlp", data, plan, rounds=1, **settings)
+    whole = atoll.train("mlp", data, plan, rounds=2, resume=first.path, **settings)
     assert all(p.device.type == "cpu" for p in whole.model.parameters())
     about = runs.read_environment(whole.path)
     assert (about["device"], about["precision"], about["numerics"]) == ("meta", "full", numerics)
     monkeypatch.setattr("atoll.compute.device.resolve_device", lambda text, rank=None: torch.device("cpu"))
-    expected = atoll.train("mlp", data, plan, rounds=2, **{**told, "out": None})
+    expected = atoll.train("mlp", data, plan, rounds=2, **{**settings, "out": None})
     assert {n: v for n, v in whole.metrics.items()} == dict(expected.metrics)
     assert dict(whole.baselines) == dict(expected.baselines)
     same(dict(whole.model.state_dict()), dict(expected.model.state_dict()))
 
 
 @pytest.mark.slow
-def test_what_looks_at_a_run(far, monkeypatch, tmp_path):
+def test_commands_that_read_a_run(far, monkeypatch, tmp_path):
     """Replay of one client's contribution, and export and evaluation of the model."""
-    told = {"clients": 6, "rounds": 2, "model": "softmax", "recipe": "fedavg(lr=0.1, batch=10)", "numerics": "lanes"}
-    it = Experiment().override(**told, out=str(tmp_path), report=False)
+    settings = {
+        "clients": 6,
+        "rounds": 2,
+        "model": "softmax",
+        "recipe": "fedavg(lr=0.1, batch=10)",
+        "numerics": "lanes",
+    }
+    it = Experiment().override(**settings, out=str(tmp_path), report=False)
     path = it.train().path
     small = tmp_path / "small.safetensors"
     looks = [lambda: replay(path, 1, 2), lambda: export(path, "int8", small)]

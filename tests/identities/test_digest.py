@@ -23,7 +23,7 @@ def model(seed, d, dtype):
 
 
 @given(st.integers(0, 2**32), lengths, dtypes)
-def test_it_is_what_it_says(seed, d, dtype):
+def test_the_fingerprint_equals_its_definition(seed, d, dtype):
     theta = model(seed, d, dtype)
     words = theta.numpy().tobytes()
     factors = [(int(k) & (2**64 - 1)) | 1 for k in Key(0).fold("fingerprint").hash(BLOCK)]
@@ -33,8 +33,8 @@ def test_it_is_what_it_says(seed, d, dtype):
     ]
     if len(each) % BLOCK == 0:
         sums.append(0)
-    told = struct.pack("<Q", len(each)) + b"".join(struct.pack("<Q", s % 2**64) for s in sums)
-    assert fingerprint(theta) == hashlib.sha256(told).hexdigest()[:12]
+    found = struct.pack("<Q", len(each)) + b"".join(struct.pack("<Q", s % 2**64) for s in sums)
+    assert fingerprint(theta) == hashlib.sha256(found).hexdigest()[:12]
 
 
 @given(st.integers(0, 2**32), lengths, dtypes, st.data())
@@ -52,6 +52,6 @@ def test_zeros_of_other_lengths_are_others(d):
     assert fingerprint(torch.zeros(d)) != fingerprint(torch.zeros(d + 1))
 
 
-def test_numbers_that_change_places_are_told():
+def test_swapped_numbers_change_the_fingerprint():
     found = {fingerprint(torch.zeros(9000).index_fill_(0, torch.tensor(at), 1.0)) for at in range(0, 9000, 7)}
     assert len(found) == len(range(0, 9000, 7))

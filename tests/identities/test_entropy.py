@@ -108,7 +108,7 @@ def test_each_path_and_each_client_has_its_own_stream():
     assert len(set(key.distinct(50, 60).tolist())) == 50 == len(set(key.distinct(50, 10**6).tolist()))
 
 
-def test_a_key_carries_its_secret_to_the_same_clients_and_shows_it_nowhere():
+def test_a_key_carries_its_secret_and_shows_it_in_no_text():
     secret = bytes(range(32))
     key, ids = Key(7, secret=secret), torch.tensor([3, 8])
     derived = key.fold("clients").starts(ids, torch.tensor([0, 1])).select(slice(1, 2)).to(torch.device("cpu"))

@@ -108,7 +108,7 @@ def test_same_bits_for_every_order_and_grouping(aggregator, problem):
     ("dtype", "bad"),
     [*((dtype, bad) for dtype in DTYPES for bad in (math.nan, math.inf, -math.inf)), (torch.float64, -(2.0**901))],
 )
-def test_what_cannot_be_added_is_found(dtype, bad, monkeypatch):
+def test_values_that_are_not_finite_are_found_before_the_sum(dtype, bad, monkeypatch):
     monkeypatch.setattr(limits, "NATIVE_PEAKS", 1)
     rows = torch.ones(3, BLOCK + 7, dtype=dtype)
     rows[0, 0] = -float(min(exact.LARGEST, torch.finfo(dtype).max))
@@ -143,7 +143,7 @@ def test_native_code_reads_the_same_digits(problem):
 
 
 @given(problems(), st.integers(1, 2**20), st.integers(1, 40))
-def test_clients_of_one_weight_are_added_as_if_each_came_alone(problem, weight, times):
+def test_clients_of_equal_weight_are_added_as_single_clients(problem, weight, times):
     """In single precision the digits of two clients of equal weight are read at once."""
     rows, _, rng = problem
     rows = rows[torch.from_numpy(rng.integers(0, len(rows), times))]
@@ -162,7 +162,7 @@ def test_as_many_as_there_can_be_of_the_largest_digits(many):
 
 
 @given(problems())
-def test_what_is_told_of_blocks_changes_no_bit(problem):
+def test_cached_maxima_of_blocks_change_no_bit(problem):
     rows, weights, _ = problem
     found, finite = exact.total(exact.add({}, rows, weights)), exact.bounded(rows)
     whole = torch.nn.functional.pad(rows.abs(), (0, -rows.shape[1] % BLOCK))

@@ -99,7 +99,7 @@ def test_models_of_a_buffer_are_mixed_by_rows(k):
     assert far(state.model.theta, by_hand(engine, 0.05, 2, lambda t: 0.7, staleness_polynomial(0.5), 12, k)) < 1e-12
 
 
-def test_without_a_discount_alpha_1_is_the_model_that_came_last():
+def test_without_a_discount_alpha_1_gives_the_last_model():
     plan = recipes.fedasync(0.05, epochs=3, batch=None, alpha=1.0, staleness=staleness_polynomial(0))
     engine = engine_of()
     plan, state = bind(plan, engine), State.first(plan, engine.task, 0, Memory({}))
@@ -114,7 +114,7 @@ def test_without_a_discount_alpha_1_is_the_model_that_came_last():
 
 @settings(max_examples=6)
 @given(st.sampled_from([Mean(), Mean(weights="equal"), Mean(sum="float"), Sum(weights="equal")]), st.integers(0, 99))
-def test_where_nothing_is_late_models_and_updates_are_the_same_bits(rule, seed):
+def test_without_lateness_models_and_updates_give_equal_bits(rule, seed):
     plans = [Plan(Train(rules.adam(0.01), epochs=1, batch=3, sends=s), rule, cohort=3) for s in ("update", "model")]
     (a, one), (b, other) = (run(plan, engine_of(), 3, seed) for plan in plans)
     assert a.model.theta.numpy().tobytes() == b.model.theta.numpy().tobytes()
@@ -123,7 +123,7 @@ def test_where_nothing_is_late_models_and_updates_are_the_same_bits(rule, seed):
 
 
 @pytest.mark.parametrize("pace", [Sync(), Buffered(1, staleness_polynomial(0)), Bounded(2)], ids=repr)
-def test_a_model_is_what_a_client_made_of_the_one_it_knew(pace):
+def test_a_sent_model_is_trained_from_the_model_that_was_received(pace):
     """Under a compressed downlink clients start at θ̂, not θ. With α = 1 the new model is still the mean of theirs."""
     part = Train(rules.sgd(0.05), steps=2, sends="model")
     plan = Plan(part, Mean(), pace=pace, downlink=TopK(0.5))
@@ -202,7 +202,7 @@ def test_it_reads_back():
         lambda: Plan(MODEL, Median()),
     ],
 )
-def test_what_cannot_be_is_refused_with_a_line_that_builds(make):
+def test_invalid_values_are_refused_with_a_line_that_builds(make):
     with pytest.raises(UsageError) as refusal:
         make()
     names = {**PARTS, "fedasync": recipes.fedasync}

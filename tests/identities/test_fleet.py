@@ -33,12 +33,12 @@ from atoll.engine.simulation.fleet import (
 
 
 @given(FLEETS)
-def test_a_fleet_prints_as_what_builds_it(fleet):
+def test_the_text_of_a_fleet_builds_it(fleet):
     assert parse(repr(fleet), FLEET) == fleet
     assert hash(parse(repr(fleet), FLEET)) == hash(fleet)
 
 
-def test_the_default_says_nothing():
+def test_the_default_fleet_has_a_short_text():
     assert repr(Fleet()) == "Fleet()"
     assert parse("Fleet(ByRows(HalfNormal()), server='100 Mb/s')", FLEET) == Fleet(
         ByRows(HalfNormal(1.0)), server="100 Mb/s"
@@ -109,7 +109,7 @@ def test_a_draw_depends_on_its_own_id_alone(law, seed, number):
     assert draw(others)[1] == draw(torch.tensor([number]))[0]
 
 
-def test_who_holds_more_rows_computes_longer():
+def test_a_client_with_more_rows_computes_longer():
     plain = Clock(Fleet(HalfNormal()), SIZES, 7)
     by_rows = Clock(Fleet(ByRows(HalfNormal())), SIZES, 7)
     for client, rows in enumerate(SIZES.tolist()):
@@ -276,7 +276,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("act", REFUSED)
-def test_what_says_nothing_clear_is_refused(act):
+def test_ambiguous_values_are_refused(act):
     with pytest.raises(UsageError) as caught:
         act()
     instead = parse(caught.value.line, FLEET)
@@ -300,7 +300,7 @@ def test_sizes_are_whole_numbers_of_rows(sizes):
         Clock(Fleet(), torch.tensor(sizes), 0)
 
 
-def test_rows_that_nobody_holds_have_no_mean():
+def test_columns_without_a_holder_have_no_mean():
     with pytest.raises(UsageError, match="no client holds a row"):
         Clock(Fleet(ByRows(1.0)), torch.tensor([0, 0]), 0)
 

@@ -160,7 +160,7 @@ class Watched:
 
 
 @given(paces, st.integers(1, 8), st.integers(0, 99), st.sampled_from([*FLEETS[1:], Fleet(HalfNormal(per="flight"))]))
-def test_nobody_is_at_work_twice_and_nobody_is_missing(pace, n, seed, fleet):
+def test_each_client_works_once_at_a_time_and_none_is_missing(pace, n, seed, fleet):
     asked = pace.cohort_size(n)
     if asked > len(SIZES):
         return
@@ -209,7 +209,7 @@ def test_chunks_change_no_bit_and_no_event(pace, body):
 @pytest.mark.parametrize(
     ("pace", "cohort"), one_in(2, by_turns([Bounded(2), Sync(), Buffered(3), Buffered(11)], [5, None]))
 )
-def test_a_state_put_down_in_flight_flies_on_the_same(pace, cohort):
+def test_a_state_saved_in_flight_resumes_with_equal_bits(pace, cohort):
     plan = Plan(KEEPING, Mean(), rules.sgd(0.5), cohort, ErrorFeedback(TopK(0.5)), pace, Quantize(8), max_failed=1)
     engine = engine_of(FLEETS[1])
     plan = bind(plan, engine)
@@ -239,20 +239,20 @@ def test_a_run_that_is_resumed_in_flight_ends_in_the_same_bits(tmp_path):
     assert log((*half.reports, *rest.reports)) == log(whole.reports)
 
 
-def test_what_a_client_keeps_moves_once_for_each_time_it_is_heard():
+def test_client_memory_changes_once_for_each_arrival():
     """Twelve contributions from three clients in one round: each starts from the client's state after the last."""
     plan = Plan(KEEPING, Mean(), pace=Buffered(12))
     engine = engine_of(Fleet(Each((1.0, 0.4, 0.7))), sizes=SIZES[:3])
     state, reports = run(plan, engine, 4)
-    heard = torch.zeros(3, dtype=torch.int64)
+    arrivals = torch.zeros(3, dtype=torch.int64)
     for report in reports:
-        heard += torch.bincount(report.clients["id"], minlength=3)
-    assert heard.sum() == 48
-    assert (state.memory.take(torch.arange(3))["local/taken"] == 2 * heard).all()
+        arrivals += torch.bincount(report.clients["id"], minlength=3)
+    assert arrivals.sum() == 48
+    assert (state.memory.take(torch.arange(3))["local/taken"] == 2 * arrivals).all()
 
 
 @pytest.mark.parametrize("local", [Gradient(batch=2), Train(rules.sgd(0.1), steps=1, batch=2)], ids=repr)
-def test_a_second_start_in_one_round_draws_anew(local):
+def test_a_second_start_in_one_round_draws_new_numbers(local):
     plan = Plan(local, Mean(), pace=Buffered(2))
     engine = engine_of(Fleet(Each((1.0,))), sizes=(30,))
     _, (report,) = run(plan, engine, 1)
@@ -283,14 +283,14 @@ def test_over_selection_and_deadlines_close_when_they_say():
     plan = Plan(Gradient(), Mean(), rules.sgd(0.01), cohort=4, pace=Sync(over_select=2.0))
     _, (report,) = run(plan, engine_of(fleet), 1)
     assert (report.now, report.cohort, report.arrived, report.late) == (4.0, 8, 4, 4)
-    told = {Sync(deadline_s=2.5): (2.5, 2), Sync(deadline_s=2.5, quorum=0.5): (4.0, 4), Sync(deadline_s=9): (8.0, 8)}
-    for pace, expected in told.items():
+    found = {Sync(deadline_s=2.5): (2.5, 2), Sync(deadline_s=2.5, quorum=0.5): (4.0, 4), Sync(deadline_s=9): (8.0, 8)}
+    for pace, expected in found.items():
         _, (report,) = run(Plan(Gradient(), Mean(), rules.sgd(0.01), pace=pace), engine_of(fleet), 1)
         assert (report.now, report.arrived) == expected
         assert report.late == 8 - report.arrived
 
 
-def test_who_is_late_keeps_what_it_had():
+def test_a_late_client_keeps_its_memory():
     plan = Plan(KEEPING, Mean(), pace=Sync(deadline_s=2.5))
     state, (report,) = run(plan, engine_of(Fleet(Each(tuple(map(float, range(1, 9)))))), 1)
     assert state.memory.touched().tolist() == report.clients["id"].tolist() == [0, 1]
@@ -299,7 +299,7 @@ def test_who_is_late_keeps_what_it_had():
 # downlink
 
 
-def test_the_downlink_tells_what_it_says():
+def test_the_downlink_moves_by_the_output_of_its_codec():
     """θ̂ moves by the codec's output for θ − θ̂, and a fine codec loses almost nothing."""
     plan = Plan(Gradient(), Mean(), rules.sgd(0.1), downlink=TopK(0.25))
     engine = engine_of()
@@ -314,7 +314,7 @@ def test_the_downlink_tells_what_it_says():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", only([TopK(0.25)], [TopK(0.25), Quantize(8)]), ids=repr)
-def test_a_compressed_downlink_still_comes_to_least_squares(codec):
+def test_a_compressed_downlink_reaches_least_squares(codec):
     """The downlink includes the lost part in later messages: at a constant step θ̂ reaches the optimum itself."""
     engine = engine_of(sizes=(6, 6, 6, 6))
     plan = Plan(Gradient(), Mean(), rules.sgd(0.2), downlink=codec)
@@ -325,7 +325,7 @@ def test_a_compressed_downlink_still_comes_to_least_squares(codec):
     assert far(state.model.theta, best) < 1e-6
 
 
-def test_who_missed_rounds_is_sent_what_is_missing_or_the_whole():
+def test_a_client_that_missed_rounds_receives_the_difference_or_the_model():
     sizes = (4,) * 40
     data = regression(sizes, features=199)
     engine = InProcessEngine(task_of(seeded(nn.Linear, 199, 1), data), data)
@@ -381,7 +381,7 @@ def test_refused_with_a_line_that_builds(text):
     parse(refusal.value.line, PARTS)  # of a plan: the whole plan, with another part
 
 
-def test_a_deadline_needs_a_clock_and_somebody_who_can_meet_it():
+def test_a_deadline_needs_a_clock_and_a_client_that_can_meet_it():
     data = classification(SIZES)
     plan = Plan(Gradient(), Mean(), rules.sgd(0.1), pace=Sync(deadline_s=0.5))
     with pytest.raises(UsageError, match="without a clock"):
@@ -430,7 +430,7 @@ def test_at_the_deadline_a_client_sends_the_steps_that_it_has_made():
     assert far(state.model.theta, mean) < 1e-12
 
 
-def test_who_has_not_begun_at_the_deadline_sends_nothing():
+def test_a_client_that_has_not_begun_at_the_deadline_sends_nothing():
     fleet = Fleet(Each((1.0, 1.0)), downlink=Each((1e9, 1.0)))
     plan = Plan(Train(rules.sgd(0.1), steps=10, batch=2), Mean(), pace=Sync(deadline_s=0.5, partial=True))
     _, (report,) = run(plan, engine_of(fleet, sizes=(4, 4)), 1)

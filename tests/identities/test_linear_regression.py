@@ -167,12 +167,12 @@ def test_a_constant_step_stalls_at_a_floor_proportional_to_it(example, data, kno
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_example_tells_and_draws_what_it_claims(example, tmp_path, capsys, monkeypatch):
+def test_the_example_prints_and_draws_its_results(example, tmp_path, capsys, monkeypatch):
     picture = tmp_path / "picture.png"
     monkeypatch.setattr("sys.argv", ["linear_regression.py", "--out", str(picture)])
     example["main"]()
-    told = capsys.readouterr().out
-    assert told.count("stalls at") == 3 and "condition number κ = 470" in told
-    slope = float(told.split("falls as t^")[1].split()[0])
+    printed = capsys.readouterr().out
+    assert printed.count("stalls at") == 3 and "condition number κ = 470" in printed
+    slope = float(printed.split("falls as t^")[1].split()[0])
     assert slope == pytest.approx(-1, abs=0.15)
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 50_000

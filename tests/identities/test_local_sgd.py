@@ -61,7 +61,7 @@ def test_a_schedule_that_never_changes_is_its_number_bit_for_bit(body, keep):
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.sampled_from([None, 1, 2, 4]), st.integers(0, 9))
-def test_one_client_goes_on_where_it_was_however_its_steps_are_cut_into_rounds(lengths, batch, seed):
+def test_the_cut_of_steps_into_rounds_changes_no_bit_of_one_client(lengths, batch, seed):
     """Round boundaries do not change the order of a client's rows: θ is the same after the same number of steps."""
     part = Train(rules.sgd(0.05), steps=in_turn(*lengths), batch=batch, keep=("order",))
     cut, _ = run(Plan(part, Mean()), engine_of(sizes=(9,)), len(lengths), seed)

@@ -114,7 +114,7 @@ def test_every_kind_of_rows_has_models(rows):
         ("mlp", ((8, 8), 10, "clasification", None), "classification"),
     ],
 )
-def test_what_is_written_instead(name, rows, instead):
+def test_an_unfitting_model_names_another(name, rows, instead):
     with pytest.raises(UsageError) as caught:
         model_of(name, *rows)
     assert caught.value.line in (f'model="{instead}"', f'kind="{instead}"', instead)
@@ -218,7 +218,7 @@ class Net(nn.Linear):
         self.hidden = hidden
 
 
-def test_resolve_takes_what_people_have():
+def test_resolve_accepts_common_data():
     module = nn.Linear(4, 3)
     assert resolve(module, TABULAR, KEY) is module
     assert same(resolve("mlp", TABULAR, KEY), build("mlp", (4,), 3, "classification", KEY))
@@ -285,7 +285,7 @@ def test_a_package_that_a_module_lacks_is_not_blamed_on_the_text(tmp_path, monke
         (nn.LazyLinear(3), "no shape yet"),
     ],
 )
-def test_what_is_no_model_is_refused(model, says):
+def test_other_values_than_models_are_refused(model, says):
     with pytest.raises(UsageError, match=says) as caught:
         resolve(model, TABULAR, KEY)
     assert caught.value.exit_code == 2

@@ -192,7 +192,7 @@ def test_keys_order_and_types_come_back_verbatim(body, dtype):
     seeded(Mixed).load_state_dict(after)
 
 
-def test_a_model_that_nobody_trained_comes_back_to_the_bit():
+def test_an_untrained_model_keeps_its_bits():
     module = norm()
     for dtype in (torch.float32, torch.float64):
         task = Task.of(module, "cross_entropy", (), dtype)

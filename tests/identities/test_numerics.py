@@ -183,7 +183,7 @@ def test_equal_pixels_of_a_pool_go_to_the_first(body, layers):
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
 
 
-def test_auto_takes_what_is_served():
+def test_auto_takes_the_fastest_supported_backend():
     data = classification((9, 7), shape=(6, 6))
     for name in ("softmax", "mlp", "cnn"):
         choice = choose(Task.of(models.build(name, (6, 6), 3, "classification", Key(0)), "cross_entropy"), data, PLAN)
@@ -223,7 +223,7 @@ def tied():
         (lambda: nn.Sequential(nn.Unflatten(1, (6, 6)), nn.Linear(6, 3), nn.Flatten(), nn.Linear(18, 3)), "one axis"),
     ],
 )
-def test_what_is_not_served_is_refused_with_the_reason(layer, why):
+def test_unsupported_cases_are_refused_with_the_reason(layer, why):
     data = classification((9, 7), shape=(36,))
     with pytest.raises(UsageError, match=why):
         choose(Task.of(nn.Sequential(nn.Flatten(), layer()), "cross_entropy"), data, PLAN, "fused")
@@ -260,7 +260,7 @@ def test_trying_chunks_and_threads_changes_no_bit():
 
 
 @needs_native
-def test_where_rows_lie_changes_no_bit(monkeypatch):
+def test_the_place_of_rows_changes_no_bit(monkeypatch):
     """Rows are read in place, bytes too; or copied, some steps at a time, if they are not in memory."""
     images = (256 * Key(1).uniform(40 * 36).reshape(40, 6, 6)).to(torch.uint8)
     labels = Key(2).integers(40, 3)
@@ -292,7 +292,7 @@ def test_logits_far_apart(scale, dtype):
 
 
 @needs_native
-def test_an_update_is_told_with_its_largest_numbers():
+def test_an_update_is_shown_with_its_largest_numbers():
     """The number of clients changes no bit, also if the update is so large that it bypasses the caches."""
     data = classification([3] * 20, shape=(28, 28))
     task = task_of(models.build("mlp", (28, 28), 3, "classification", Key(3)), data, "compiled", torch.float32)
@@ -319,7 +319,7 @@ class Larger(Codec):
 
 
 @needs_native
-def test_what_was_told_of_an_update_does_not_hold_behind_a_stage():
+def test_maxima_of_an_update_do_not_hold_after_a_stage():
     data = classification([5] * 4, shape=(6, 6))
     task = task_of(models.build("mlp", (6, 6), 3, "classification", Key(3)), data, "compiled", torch.float32)
     plain, larger = (
@@ -347,7 +347,7 @@ def test_a_class_without_a_logit_is_an_error():
         ("mse", torch.zeros(2, 3, 4).double(), torch.zeros(2, 3, 5), "targets of shape"),
     ],
 )
-def test_what_native_code_would_misread_is_refused(loss, x, y, said):
+def test_inputs_that_native_code_would_misread_are_refused(loss, x, y, said):
     task = task_of(nn.Sequential(nn.Linear(4, 2)), classification((5, 5)), "compiled", loss=loss)
     with pytest.raises((TypeError, ValueError), match=said):
         passed(task, 2, x, y, (3, 3))
@@ -433,7 +433,7 @@ def test_without_native_code(trouble, fresh, monkeypatch):
 
 
 @needs_native
-def test_what_is_built_is_kept(fresh):
+def test_a_built_library_is_kept(fresh):
     first = native._kept_at("exact", ())
     assert native.present("exact") is None and not first.exists()
     native.library("exact")
@@ -456,7 +456,7 @@ def test_what_is_built_is_kept(fresh):
         ([nn.Conv2d(1, 3, 5, stride=5), nn.Flatten()], "end in a Linear"),
     ],
 )
-def test_what_native_code_does_not_serve_goes_by_hand(layers, why):
+def test_other_dtypes_take_the_path_without_native_code(layers, why):
     data = classification((9, 7), shape=(1, 6, 6))
     task = Task.of(nn.Sequential(*layers), "cross_entropy")
     with pytest.raises(UsageError, match=why) as caught:

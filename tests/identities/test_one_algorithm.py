@@ -141,7 +141,7 @@ def test_fedavg_of_one_client_is_local_sgd(optimizer, seed, rows, batch, epochs,
 @pytest.mark.parametrize("optimizer", only(OPTIMIZERS[1:4:2], OPTIMIZERS), ids=lambda pair: repr(pair[0]))
 @settings(max_examples=8)
 @given(seeds, st.integers(2, 25), st.integers(1, 8), st.integers(1, 7), dtypes, bodies)
-def test_rounds_are_no_breaks_for_what_a_client_keeps(optimizer, seed, rows, batch, steps, dtype, body):
+def test_rounds_do_not_interrupt_kept_state(optimizer, seed, rows, batch, steps, dtype, body):
     """Three rounds of `steps` batches with `keep` equal one training of 3·steps: optimizer and order continue."""
     ours, theirs = optimizer
     data, module = classification([rows], seed=seed, dtype=dtype), seeded(mlp, seed=seed)

@@ -133,7 +133,7 @@ def test_a_lane_is_the_single_run(optimizer, lanes, d):
 
 
 @EACH
-def test_lanes_that_kept_their_state_go_on_where_they_were(optimizer):
+def test_lanes_with_kept_state_resume(optimizer):
     """Lanes with different step counts: each equals one run without interruption."""
     before, d = (3, 3, 0, 5, 5, 5), 33
     theta, first = draw(len(before), d), [draw(len(before), d, seed=s) for s in range(5)]
@@ -297,7 +297,7 @@ def test_prints_as_its_constructor(optimizer):
     assert again == optimizer and hash(again) == hash(optimizer) and repr(again) == repr(optimizer)
 
 
-def test_what_it_prints():
+def test_the_text():
     assert repr(sgd(1)) == "sgd(1.0)" == repr(sgd(SCHEDULES["constant"](1)))
     assert repr(sgd(0.1, momentum=0.9)) == "sgd(0.1, momentum=0.9)"
     assert repr(adam(0.01, betas=[0.9, 0.99])) == "adam(0.01, betas=(0.9, 0.99))"
@@ -352,7 +352,7 @@ def test_refuses_with_a_line_that_builds(name, words):
         (lambda: nadam(0.1, momentum_decay=-1), "nadam(0.1)"),
     ],
 )
-def test_refuses_what_cannot_work(make, write):
+def test_unsupported_plans_are_refused(make, write):
     with pytest.raises(UsageError) as refusal:
         make()
     assert refusal.value.line == write

@@ -142,7 +142,7 @@ def test_threads_change_nothing_but_rounding(case, dtype):
     assert far(one.model.theta, two.model.theta) < (1e-5 if dtype == torch.float32 else 1e-12)
 
 
-def test_numbering_of_clients_changes_no_bit_of_what_is_not_drawn():
+def test_the_numbers_of_clients_change_only_draws():
     """Full gradients draw no random numbers, so that client ids may be permuted."""
     data = regression(SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), data)
@@ -153,7 +153,7 @@ def test_numbering_of_clients_changes_no_bit_of_what_is_not_drawn():
 
 
 @pytest.mark.parametrize("name", ["mlp", "batch norm", "dropout"])
-def test_a_client_gives_the_same_whoever_is_beside_it(name):
+def test_other_clients_of_the_chunk_change_no_update(name):
     data = classification(SIZES)
     task, local = task_of(MODELS[name][0](), data), Train(rules.sgd(0.1), epochs=3, batch=4)
     broadcast = Broadcast(0, task.initial(), {})
@@ -168,7 +168,7 @@ def test_a_client_gives_the_same_whoever_is_beside_it(name):
         assert torch.equal(given(*beside)[beside.index(1)], alone[0]), beside
 
 
-def test_lanes_are_left_where_products_depend_on_memory(monkeypatch):
+def test_lanes_are_rejected_if_products_depend_on_memory(monkeypatch):
     data = classification(SIZES)
     task = task_of(MODELS["mlp"][0](), data)
     assert choose(task, data, USUAL).task.numerics == "lanes"

@@ -104,7 +104,7 @@ class Neighbourly(nn.Module):
         return self.last(x)
 
 
-def test_what_depends_on_neighbours_in_bfloat16_is_found(monkeypatch):
+def test_dependence_on_other_rows_in_bfloat16_is_found(monkeypatch):
     """The probe uses the precision of the run: a kernel that depends on other lanes only in bfloat16 excludes lanes."""
     data, gradient = classification(SIZES), Task._lanes_gradient
 
@@ -122,17 +122,17 @@ def test_what_depends_on_neighbours_in_bfloat16_is_found(monkeypatch):
 def test_it_is_written_down_and_kept(tmp_path):
     """A run is resumed in its precision; another precision is refused."""
     data, plan = atoll.data.load("digits").split(clients=5), recipes.fedavg(0.1)
-    told = {"out": tmp_path, "report": False}
-    first = atoll.train("mlp", data, plan, rounds=1, precision="bf16", **told)
+    settings = {"out": tmp_path, "report": False}
+    first = atoll.train("mlp", data, plan, rounds=1, precision="bf16", **settings)
     assert runs.read_environment(first.path)["precision"] == "bf16"
     with pytest.raises(UsageError, match=r"started with another precision: bf16. This training has full"):
-        atoll.train("mlp", data, plan, rounds=2, resume=first.path, precision="full", **told)
-    ended = atoll.train("mlp", data, plan, rounds=2, resume=first.path, **told)
+        atoll.train("mlp", data, plan, rounds=2, resume=first.path, precision="full", **settings)
+    ended = atoll.train("mlp", data, plan, rounds=2, resume=first.path, **settings)
     straight = atoll.train("mlp", data, plan, rounds=2, precision="bf16", out=None)
     assert all(torch.equal(a, b) for a, b in zip(ended.model.parameters(), straight.model.parameters(), strict=True))
 
 
-def test_the_table_says_so():
+def test_the_head_of_the_table_names_the_precision():
     data = atoll.data.load("digits").split(clients=5)
     full, short = (
         dict(header(atoll.rounds("softmax", data, recipes.fedavg(0.1), precision=p, device="cpu"), None))

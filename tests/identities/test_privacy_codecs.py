@@ -53,7 +53,7 @@ def norm(rows):
     st.sampled_from([1e-30, 1e-3, 0.7, 1.0, 1e30]),
     st.sampled_from([1, 5, 300]),
 )
-def test_the_norm_of_what_is_sent_is_at_most_one(seed, size, bound, d):
+def test_the_norm_of_a_message_is_at_most_one(seed, size, bound, d):
     for dtype in (torch.float32, torch.float64):
         x = (Key(seed).normal(2 * d).reshape(2, d) * 10.0**size).to(dtype)
         x[1, 0] = 3e38

@@ -107,7 +107,7 @@ def test_a_rehearsal_with_noise_changes_no_bit(digits) -> None:
         assert run.privacy["epsilon"] > 0
 
 
-def test_noise_with_a_secure_sum_is_refused_where_no_proof_covers_it(digits) -> None:
+def test_noise_with_a_secure_sum_is_refused_without_a_proof(digits) -> None:
     noised = Clip(1.0) >> Noise(1.0)
     with pytest.raises(UsageError, match="a clip and noise as the codec"):
         _plan(Masks(), **_NOISED, codec=Clip(1.0) >> Rotate() >> Noise(1.0))

@@ -83,7 +83,7 @@ def test_the_rounding_is_unbiased_and_keeps_numbers_of_the_grid() -> None:
     torch.testing.assert_close(rounded(whole, grid, Key(2).of(torch.tensor([3]))), whole, rtol=0, atol=0)
 
 
-def test_a_client_is_rounded_alike_in_any_chunk() -> None:
+def test_the_chunk_size_changes_no_rounding() -> None:
     grid = Grid(4, 1 << 12, True)
     x = torch.randn(5, 70)
     ids = torch.arange(5)
@@ -181,7 +181,7 @@ def test_a_round_with_too_few_clients_has_no_update(digits) -> None:
         ({"aggregator": Mean(secure=Masks(least=9, bound=8.0))}, "at least 9 clients"),
     ],
 )
-def test_what_has_no_secure_sum_is_refused(digits, changes, words) -> None:
+def test_plans_without_a_secure_sum_are_refused(digits, changes, words) -> None:
     with pytest.raises(UsageError, match=words):
         _run(digits, _plan(**changes), rounds=1)
 

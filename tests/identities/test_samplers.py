@@ -130,7 +130,7 @@ def test_large_clients_are_drawn_for_certain_and_the_rest_in_proportion(sizes, d
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 5))
-def test_in_turn_everybody_works_in_every_lap(clients, n, lap):
+def test_round_robin_takes_each_client_once_a_cycle(clients, n, lap):
     n = min(n, clients)
     population = Population(clients, torch.ones(clients, dtype=torch.int64))
     turns = -(-clients // n)
@@ -228,7 +228,7 @@ def test_chances_that_change_are_refused():
         mean.finalize(mean.total(partial), facts(small(Weighted(1))[0]))
 
 
-def test_over_expected_divides_by_the_same_number_whoever_came():
+def test_over_expected_divides_by_one_number_for_any_arrivals():
     """The influence of a client does not depend on the rest of the cohort. A bound on sensitivity needs this."""
     mean, g = Mean(over="expected"), torch.ones(6, 1, dtype=torch.float64)
     for cohort in cohorts(Poisson(0.5), SMALL, 50):

@@ -129,7 +129,7 @@ def test_prints_as_its_constructor(schedule):
     assert again == schedule and hash(again) == hash(schedule) and repr(again) == repr(schedule)
 
 
-def test_what_it_prints():
+def test_the_text():
     assert repr(cosine(0.1, rounds=100)) == "cosine(0.1, rounds=100)"
     assert repr(warmup(5) >> step(1, every=30)) == "warmup(5) >> step(1.0, every=30)"
     assert repr(hold(1, rounds=2) >> (hold(3, rounds=4) >> 5)) == (

@@ -27,9 +27,7 @@ def file(tmp_path_factory):
 
 
 @given(st.integers(1, 6), st.integers(1, 70), st.integers(1, 5))
-def test_every_window_foretells_its_own_text_and_none_reaches_into_what_is_held_out(
-    example, file, workers, block, every
-):
+def test_windows_predict_their_own_text_and_overlap_no_held_out_text(example, file, workers, block, every):
     data = example["shakespeare"](file, workers, block, every)
     symbols, cut = sorted(set(TEXT)), int(0.9 * len(TEXT))
     assert data.count == workers and len(set(data.sizes.tolist())) == 1
@@ -62,20 +60,20 @@ def test_the_example_as_people_start_it(example, file, tmp_path, monkeypatch, ca
     words = ["--iterations=8", "--batch=4", "--workers=2", "--block=8", "--steps=4", "--out", str(picture)]
     monkeypatch.setattr("sys.argv", ["shakespeare.py", *words])
     example["main"]()
-    told = capsys.readouterr()
-    rows = {line[:16].strip(): line[16:].split() for line in told.out.splitlines() if "x" in line[60:]}
+    printed = capsys.readouterr()
+    rows = {line[:16].strip(): line[16:].split() for line in printed.out.splitlines() if "x" in line[60:]}
     often, seldom, coarse = (rows[name] for name in ("data-parallel", "local SGD", "DiLoCo, 8 bits"))
     assert [r[1] for r in (often, seldom, coarse)] == ["8", "2", "2"]
     assert [r[4] for r in (often, seldom, coarse)] == ["1x", "4x", "16x"]
     assert Quantize(8).bits == 8 and float(coarse[2]) < 0.26 * float(seldom[2])
-    looks = [line.split() for line in told.err.splitlines() if line.startswith("   ")]
+    looks = [line.split() for line in printed.err.splitlines() if line.startswith("   ")]
     losses = [float(loss) for _, loss in looks]
     assert losses[0] < 3.2 and min(losses) < losses[0]
     assert picture.stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("words", [["--workers=5"], ["--steps=7"]])
-def test_what_does_not_divide_is_refused(example, file, monkeypatch, capsys, words):
+def test_values_that_do_not_divide_are_refused(example, file, monkeypatch, capsys, words):
     monkeypatch.setenv("ATOLL_DATA", str(file.parent))
     monkeypatch.setattr("sys.argv", ["shakespeare.py", *words])
     with pytest.raises(SystemExit):

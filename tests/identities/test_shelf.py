@@ -22,7 +22,7 @@ def test_no_two_tensors_share_memory(asked):
     assert all((piece == number).all() for number, piece in enumerate(held))
 
 
-def test_what_nobody_holds_is_lent_again():
+def test_a_released_buffer_is_reused():
     own = BufferPool()
     first = own.empty(1 << 20)
     where, view = first.data_ptr(), first.view(torch.float32)[7:]

@@ -72,7 +72,7 @@ def test_walking_changes_no_bit(name, monkeypatch):
     [(20_000, sgd(0.1), "loop"), (20_000, sgd(0.1, momentum=0.9), "loop"), (20_000, adam(0.1), "lanes"),
      (20, sgd(0.1), "lanes")],
 )  # fmt: skip
-def test_large_models_walk_where_they_can(wide, optimizer, body):
+def test_large_models_use_the_walk_if_possible(wide, optimizer, body):
     model = seeded(lambda: nn.Sequential(nn.Linear(4, wide), nn.Tanh(), nn.Linear(wide, 3)))
     plan = replace(recipes.fedavg(), local=Train(optimizer, epochs=1, batch=4))
     assert choose(Task.of(model, "cross_entropy"), classification(SIZES), plan).task.numerics == body

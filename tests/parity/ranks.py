@@ -1,6 +1,6 @@
 """The program of each rank in tests/parity/test_torchrun.py: it runs all cases and writes their results.
 
-torchrun --max-restarts 1 --nproc-per-node 2 ranks.py FOLDER [all] [dies]
+torchrun --max-restarts 1 --nproc-per-node 2 ranks.py FOLDER [all] [exits]
 python ranks.py FOLDER forked [zoo]
 """
 
@@ -63,7 +63,7 @@ def plans():
     some = Train(sgd(0.1), epochs=1, batch=10)
     out |= {
         "one client": recipes.fedavg(0.1, cohort=1),
-        "now and then nobody": Plan(Gradient(), Mean(over="expected"), sgd(0.1), cohort=Poisson(0.02)),
+        "sometimes no client": Plan(Gradient(), Mean(over="expected"), sgd(0.1), cohort=Poisson(0.02)),
         "sum": Plan(Gradient(4), Sum(), sgd(0.001)),
         "memory": Plan(Train(yogi(0.01), steps=2, batch=8, keep=("optimizer", "order")), Mean(), yogi(0.01), 7),
         "memory of a loop": Plan(Custom(remember, batch=8, memory=personal), Mean(), cohort=7),
@@ -110,15 +110,15 @@ def outcome(module, numerics, plan, data, engine, **words):
     state, reports = run(plan, engine, ROUNDS)
     ids = state.memory.touched()
     kept = {n: [fingerprint(row.double()) for row in rows] for n, rows in state.memory.take(ids).items()}
-    told = [[r.metrics, r.failures, r.bytes_up, r.bytes_down, r.now] for r in reports]
-    told += [{n: c.tolist() for n, c in r.clients.items()} for r in reports]
+    outcome_rows = [[r.metrics, r.failures, r.bytes_up, r.bytes_down, r.now] for r in reports]
+    outcome_rows += [{n: c.tolist() for n, c in r.clients.items()} for r in reports]
     plan, *way = opened_again(plan, state, engine)
     first = engine.gather(plan, *way).arrived[:1].tolist()
-    told += [
+    outcome_rows += [
         [one[:3], sorted(fingerprint(t) for t in one.decoded.means.values())]
         for one in engine.gather(plan, *way, keep=first).kept
     ]
-    return json.loads(json.dumps([fingerprint(state.model.theta), told, ids.tolist(), kept]))
+    return json.loads(json.dumps([fingerprint(state.model.theta), outcome_rows, ids.tolist(), kept]))
 
 
 def opened_again(plan, state, engine):
@@ -170,16 +170,16 @@ def floats(module, plan, data, engine):
     """The results of some rounds with the float sum: numbers, failures, and whether the backward pass reduced them."""
     engine = engine(task_of(seeded(module), data, "loop", torch.float32), data)
     state, reports = run(plan, engine, 3)
-    told = [[*r.failures, r.arrived, r.bytes_up, r.bytes_down, r.clients["id"].tolist()] for r in reports]
+    outcome_rows = [[*r.failures, r.arrived, r.bytes_up, r.bytes_down, r.clients["id"].tolist()] for r in reports]
     losses = [r.metrics["loss"] for r in reports] + [loss for r in reports for loss in r.clients["loss"].tolist()]
     sent = "_overlap" in vars(engine) and bool(engine._overlap._sent)
-    out = {"theta": state.model.theta.tolist(), "told": told, "losses": losses, "sent": sent}
+    out = {"theta": state.model.theta.tolist(), "outcome_rows": outcome_rows, "losses": losses, "sent": sent}
     return json.loads(json.dumps(out))
 
 
 def descends(model, loader, ctx):
-    """A custom loop. In round 3 it kills the second rank once, if the argument `dies` is present."""
-    first = "dies" in sys.argv and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    """A custom loop. In round 3 it kills the second rank once, if the argument `exits` is present."""
+    first = "exits" in sys.argv and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
     if first and os.environ["RANK"] == "1" and ctx.round == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     for x, y in loader:
@@ -209,8 +209,8 @@ def main(folder, cases):
     runs = {"one model": mine, "noised": noised, "secure": masked_sum}
     out = {name: run.reports[-1].fingerprint for name, run in runs.items()}
     out["run"] = {"path": ended.path and ended.path.name, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
-    for name, module, numerics, plan, told in cases:
-        out[name] = outcome(module, numerics, plan, here, partial(TorchrunEngine, ranks=ranks), **told)
+    for name, module, numerics, plan, outcome_rows in cases:
+        out[name] = outcome(module, numerics, plan, here, partial(TorchrunEngine, ranks=ranks), **outcome_rows)
     for name, module, plan, data in float_cases() if "all" in sys.argv else quick_floats():
         out[name] = floats(module, plan, data, partial(TorchrunEngine, ranks=ranks))
     (folder / f"{ranks.size}-{ranks.rank}.json").write_text(json.dumps(out))
@@ -239,13 +239,15 @@ def fork(ranks):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    told = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    told["TORCHELASTIC_RESTART_COUNT"] = 0
+    outcome_rows = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    outcome_rows["TORCHELASTIC_RESTART_COUNT"] = 0
     pids = []
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            os.environ.update({name: str(value) for name, value in {**told, "RANK": rank, "LOCAL_RANK": rank}.items()})
+            os.environ.update(
+                {name: str(value) for name, value in {**outcome_rows, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            )
             return
         pids.append(pid)
     sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))

@@ -78,13 +78,13 @@ def alone(mlp, nursery):
 
 def same(plan: Plan, ours, theirs, rounds: int = 2) -> None:
     """Check that model, memory and reports are equal, bit for bit."""
-    (a, told), (b, expected) = run(plan, ours, rounds), run(plan, theirs, rounds)
+    (a, found), (b, expected) = run(plan, ours, rounds), run(plan, theirs, rounds)
     assert torch.equal(a.model.theta, b.model.theta)
     assert torch.equal(a.model.buffers, b.model.buffers)
     everyone = torch.arange(ours.population.clients)
     kept, expected_kept = a.memory.take(everyone), b.memory.take(everyone)
     assert all(torch.equal(kept[n], expected_kept[n]) for n in expected_kept)
-    for r, e in zip(told, expected, strict=True):
+    for r, e in zip(found, expected, strict=True):
         assert (r.metrics, r.arrived, r.bytes_up, r.bytes_down, r.failures) == (
             e.metrics,
             e.arrived,
@@ -160,9 +160,9 @@ def test_number_of_workers_and_chunks_change_no_bit(workers, numerics, nursery, 
 @pytest.mark.slow
 def test_the_front_door_runs_on_processes(tmp_path):
     data = atoll.data.load("digits").split(clients=6)
-    told = {"rounds": 2, "numerics": "lanes", "report": False, "out": tmp_path}
-    ours = atoll.train("softmax", data, recipes.fedavg(lr=0.1), engine="Processes(workers=2)", **told)
-    theirs = atoll.train("softmax", data, recipes.fedavg(lr=0.1), **told)
+    settings = {"rounds": 2, "numerics": "lanes", "report": False, "out": tmp_path}
+    ours = atoll.train("softmax", data, recipes.fedavg(lr=0.1), engine="Processes(workers=2)", **settings)
+    theirs = atoll.train("softmax", data, recipes.fedavg(lr=0.1), **settings)
     assert ours.metrics == theirs.metrics
     about = (ours.path / "environment.json").read_text(encoding="utf-8")
     assert '"workers": 2' in about and '"threads_per_worker"' in about
@@ -171,7 +171,7 @@ def test_the_front_door_runs_on_processes(tmp_path):
 # deaths
 
 
-def deadly(tmp_path: Path, times: int):
+def killing_row(tmp_path: Path, times: int):
     """Clients of which one row kills its reader, this number of times. The row belongs to client 2."""
     data = classification(SIZES)
     crosses = tmp_path / "crosses"
@@ -184,7 +184,7 @@ def deadly(tmp_path: Path, times: int):
 
 
 def test_a_worker_killed_in_mid_round_changes_no_bit(tmp_path, nursery, mlp):
-    data, mined, crosses = deadly(tmp_path, times=1)
+    data, mined, crosses = killing_row(tmp_path, times=1)
     task = mlp[1].task
     with ProcessesEngine(task, mined, workers=2, nursery=nursery) as engine:
         same(recipes.fedavg(lr=0.1, batch=4), engine, InProcessEngine(task, data))
@@ -194,7 +194,7 @@ def test_a_worker_killed_in_mid_round_changes_no_bit(tmp_path, nursery, mlp):
 
 
 def test_a_client_that_kills_every_worker_is_a_failure(tmp_path, nursery, mlp):
-    _, mined, _ = deadly(tmp_path, times=100)
+    _, mined, _ = killing_row(tmp_path, times=100)
     plan = recipes.fedavg(lr=0.1, batch=4)
     with ProcessesEngine(mlp[1].task, mined, workers=2, nursery=nursery) as engine:
         state, (report,) = run(plan, engine, 1)
@@ -237,7 +237,7 @@ def test_a_killed_nursery_is_started_again(mlp):
     ),
     ids=repr,
 )
-def test_every_pace_comes_to_least_squares(pace, nursery):
+def test_every_pace_reaches_least_squares(pace, nursery):
     sizes = (12, 10, 9, 8)
     data = regression(sizes)
     task = task_of(seeded(nn.Linear, 3, 1), data, "loop")
@@ -256,7 +256,7 @@ def test_every_pace_comes_to_least_squares(pace, nursery):
         assert {0} < {int(s) for r in reports for s in r.clients["staleness"]}
 
 
-def test_flights_in_the_air_are_computed_anew_where_a_state_comes_from_elsewhere(mlp):
+def test_flights_of_a_loaded_state_are_computed_again(mlp):
     engine, _ = mlp
     plan = Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), pace=Buffered(2))
     state, _ = run(plan, engine, 3)
@@ -304,12 +304,12 @@ def test_a_client_that_hangs_costs_its_rounds_a_contribution_and_its_worker(tmp_
     plan = Plan(Gradient(), Mean(), pace=Sync(deadline_s=0.5))
     state = State.first(plan, task, 0, Memory(plan.memory(task)))
     with ProcessesEngine(task, replace(data, rows=rows), workers=2, nursery=nursery) as engine:
-        heard: set[int] = set()
+        arrived: set[int] = set()
         while not engine.deaths:
             state, report = step(plan, state, engine)
             assert report.late >= 1
-            heard |= set(report.clients["id"].tolist())
-    assert heard == set(range(len(SIZES))) - {2}
+            arrived |= set(report.clients["id"].tolist())
+    assert arrived == set(range(len(SIZES))) - {2}
 
 
 def test_a_client_that_raises_is_a_failure_under_every_pace(nursery):
@@ -334,8 +334,8 @@ def test_an_engine_that_was_not_closed_leaves_its_names_unused(nursery):
 PROGRAM = """
 import sys, atoll
 data = atoll.data.load("digits").split(clients=20)
-plan, told = atoll.recipes.fedavg(lr=0.1), dict(rounds=10**6, numerics="fused")  # auto looks at the rounds
-training = atoll.rounds("softmax", data, plan, **told, engine="Processes(workers=2)")
+plan, settings = atoll.recipes.fedavg(lr=0.1), dict(rounds=10**6, numerics="fused")  # auto looks at the rounds
+training = atoll.rounds("softmax", data, plan, **settings, engine="Processes(workers=2)")
 for report in training:
     if report.round == 1:
         print(report.fingerprint, *training.engine._nursery.folders)
@@ -427,7 +427,7 @@ def test_mapped_files_and_datasets_cross(tmp_path):
 # bad input
 
 
-def test_what_a_worker_cannot_import_is_refused(nursery, monkeypatch):
+def test_code_that_a_worker_cannot_import_is_refused(nursery, monkeypatch):
     data = classification(SIZES)
 
     class Local(nn.Linear):
@@ -439,9 +439,9 @@ def test_what_a_worker_cannot_import_is_refused(nursery, monkeypatch):
     Notebook.__module__, Notebook.__qualname__ = "__main__", "Notebook"
     for make, words in ((Local, "top of a module"), (Notebook, "from my_notebook import Notebook")):
         task = task_of(seeded(make, 4, 3), data, dtype=torch.float32)
-        with pytest.raises(UsageError, match=words) as told:
+        with pytest.raises(UsageError, match=words) as found:
             ProcessesEngine(task, data, workers=2, nursery=nursery)
-        assert make.__name__ in str(told.value)
+        assert make.__name__ in str(found.value)
 
 
 def test_a_loop_that_a_worker_cannot_import_is_refused(mlp):
@@ -451,7 +451,7 @@ def test_a_loop_that_a_worker_cannot_import_is_refused(mlp):
     same(Plan(Gradient(), Mean()), engine, reference)  # the engine still works
 
 
-def test_settings_of_one_engine_beside_another_are_refused():
+def test_settings_of_another_engine_are_refused():
     data = atoll.data.load("digits").split(clients=4)
     plan = recipes.fedavg(lr=0.1)
     for settings, words in (
@@ -464,7 +464,7 @@ def test_settings_of_one_engine_beside_another_are_refused():
             atoll.rounds("softmax", data, plan, **settings)
 
 
-def test_a_closed_engine_says_so(nursery):
+def test_a_closed_engine_raises(nursery):
     data = classification(SIZES)
     engine = ProcessesEngine(task_of(seeded(nn.Linear, 4, 3), data, "loop"), data, workers=1, nursery=nursery)
     engine.close()
@@ -474,9 +474,9 @@ def test_a_closed_engine_says_so(nursery):
 
 
 def test_partial_work_is_refused(mlp):
-    with pytest.raises(UsageError, match="cannot be repeated") as told:
+    with pytest.raises(UsageError, match="cannot be repeated") as found:
         run(Plan(Train(sgd(0.1), epochs=1), Mean(), pace=Sync(deadline_s=5, partial=True)), mlp[0], 1)
-    assert told.value.line == "Sync(deadline_s=5)"
+    assert found.value.line == "Sync(deadline_s=5)"
 
 
 def test_an_unreadable_row_fails_its_client_as_in_one_process(nursery):

@@ -82,11 +82,11 @@ def mlp(cluster, crosses):
     data = classification(SIZES)
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
     task = task_of(module, data, dtype=torch.float32)
-    with RayEngine(task, deadly(data, crosses, 1), workers=2, cpus=0.1) as engine:
+    with RayEngine(task, killing_row(data, crosses, 1), workers=2, cpus=0.1) as engine:
         yield Both(engine, InProcessEngine(task, data))
 
 
-def deadly(data: Clients, crosses: Path, times: int) -> Clients:
+def killing_row(data: Clients, crosses: Path, times: int) -> Clients:
     """The same clients; one row of client 2 kills its reader until the file has `times` bytes."""
     row = int(data.order[int(data.offsets[2])])
     return replace(data, rows=importable_parts.Deadly(data.rows, row, times, str(crosses)))
@@ -101,14 +101,14 @@ def alone(cluster, mlp):
 
 def same(plan: Plan, both: Both, rounds: int = 2) -> None:
     """Check that model, memory and reports are equal, bit for bit."""
-    (a, told), (b, expected) = run(plan, both.ours, rounds), run(plan, both.theirs, rounds)
+    (a, found), (b, expected) = run(plan, both.ours, rounds), run(plan, both.theirs, rounds)
     assert torch.equal(a.model.theta, b.model.theta)
     assert torch.equal(a.model.buffers, b.model.buffers)
     everyone = torch.arange(both.theirs.population.clients)
     kept, expected_kept = a.memory.take(everyone), b.memory.take(everyone)
     assert kept.keys() == expected_kept.keys()
     assert all(torch.equal(kept[n], expected_kept[n]) for n in expected_kept)
-    for r, e in zip(told, expected, strict=True):
+    for r, e in zip(found, expected, strict=True):
         assert (r.metrics, r.arrived, r.bytes_up, r.bytes_down, r.failures) == (
             e.metrics,
             e.arrived,
@@ -206,13 +206,13 @@ def test_arrivals_of_two_actors_come_to_least_squares(pace, cluster):
 def test_a_run_on_ray_goes_on_in_this_process_and_the_other_way_round(cluster, tmp_path):
     data = atoll.data.load("digits").split(clients=6)
     plan = recipes.diloco(steps=3, batch=8)
-    told, there = {"numerics": "lanes", "report": False}, {"engine": "Ray(workers=2, cpus=0.1)"}
-    whole = atoll.train("softmax", data, plan, rounds=4, out=tmp_path / "whole", **told)
+    settings, there = {"numerics": "lanes", "report": False}, {"engine": "Ray(workers=2, cpus=0.1)"}
+    whole = atoll.train("softmax", data, plan, rounds=4, out=tmp_path / "whole", **settings)
     for first, then in ((there, {}), ({}, there)):
-        half = atoll.train("softmax", data, plan, rounds=2, out=tmp_path / "halves", **told, **first)
+        half = atoll.train("softmax", data, plan, rounds=2, out=tmp_path / "halves", **settings, **first)
         about = json.loads((half.path / "environment.json").read_text(encoding="utf-8"))
         assert about["engine"] == ("ray" if first else "inprocess")
-        again = atoll.train("softmax", data, plan, rounds=4, resume=half.path, **told, **then)
+        again = atoll.train("softmax", data, plan, rounds=4, resume=half.path, **settings, **then)
         assert again.reports[-1].fingerprint == whole.reports[-1].fingerprint
         assert again.metrics == whole.metrics
 
@@ -229,13 +229,13 @@ def test_clients_that_fail_are_the_failures_of_one_process(cluster, mlp):
         both = Both(engine, InProcessEngine(mlp.theirs.task, broken))
         same(Plan(Gradient(), Mean(), max_failed=0.5), both)
         _, (report,) = run(Plan(Gradient(), Mean(), max_failed=0.5), engine, 1)
-        told = []
+        found = []
         for one in both:
             with pytest.raises(RunError, match="1 of 8 clients failed") as error:
                 run(Plan(Gradient(), Mean(), max_failed=0.0), one, 1)
-            told.append(str(error.value))
+            found.append(str(error.value))
     assert [f.client for f in report.failures] == [3]
-    assert told[0] == told[1]
+    assert found[0] == found[1]
 
 
 # deaths
@@ -254,7 +254,7 @@ def test_an_actor_killed_in_mid_round_changes_no_bit(crosses, mlp):
 def test_a_client_that_kills_every_actor_is_a_failure_and_ends_a_run_that_allows_none(tmp_path, mlp):
     crosses = tmp_path / "crosses"
     crosses.touch()
-    mined = deadly(mlp.theirs.data, crosses, times=100)
+    mined = killing_row(mlp.theirs.data, crosses, times=100)
     plan = recipes.fedavg(lr=0.1, batch=4)
     with RayEngine(mlp.theirs.task, mined, workers=2, cpus=0.1) as engine:
         _, (report,) = run(plan, engine, 1)
@@ -355,9 +355,9 @@ def test_actors_share_a_gpu_that_only_pretends_to_be_one(cluster, mlp):
     ids=str,
 )
 def test_more_than_the_cluster_has_is_refused(settings, write, mlp):
-    with pytest.raises(UsageError) as told:
+    with pytest.raises(UsageError) as found:
         RayEngine(mlp.theirs.task, mlp.theirs.data, **settings)
-    assert told.value.at("shell").line == write
+    assert found.value.at("shell").line == write
     assert ray.is_initialized()
 
 
@@ -366,9 +366,9 @@ def test_actors_that_find_no_place_end_the_run(mlp):
     task, data = mlp.theirs.task, mlp.theirs.data
     with RayEngine(task, data, workers=1, cpus=0.1, gpus=0.5) as first:
         first._ready()
-        with pytest.raises(RunError, match="1 of 2 actors waited 20 s for a place") as told:
+        with pytest.raises(RunError, match="1 of 2 actors waited 20 s for a place") as found:
             RayEngine(task, data, workers=2, cpus=0.1, gpus=0.5, patience_s=20.0)
-        assert told.value.at("shell").line == "--workers 1"
+        assert found.value.at("shell").line == "--workers 1"
 
 
 # the connection
@@ -390,15 +390,15 @@ def test_a_cluster_of_another_version_is_refused(cluster, tmp_path):
     from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
     name, space = b"CLUSTER_METADATA", b"cluster"
-    told = _internal_kv_get(name, namespace=space)
-    assert told
+    found = _internal_kv_get(name, namespace=space)
+    assert found
     try:
-        other = json.loads(told) | {"ray_version": "2.41.0", "python_version": "3.12.1"}
+        other = json.loads(found) | {"ray_version": "2.41.0", "python_version": "3.12.1"}
         _internal_kv_put(name, json.dumps(other).encode(), overwrite=True, namespace=space)
         words = ["-m", "atoll", "run", "--engine", "ray", "--address", cluster.address, "--out", str(tmp_path)]
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
     finally:
-        _internal_kv_put(name, told, overwrite=True, namespace=space)
+        _internal_kv_put(name, found, overwrite=True, namespace=space)
     assert done.returncode == 2
     assert "is of another version" in done.stderr and "Write: pip install ray==2.41.0" in done.stderr
 
@@ -406,18 +406,18 @@ def test_a_cluster_of_another_version_is_refused(cluster, tmp_path):
 @pytest.mark.slow
 def test_the_command_line_runs_on_a_cluster(cluster, tmp_path, capsys):
     words = ["run", "--clients", "6", "--rounds", "2", "--model", "softmax", "--quiet", "--json", "--numerics", "lanes"]
-    told = []
+    printed = []
     for engine in (["--engine", "ray", "--address", cluster.address, "--cpus", "0.1", "--workers", "2"], []):
         assert answer([*words, *engine, "--out", str(tmp_path)]) == 0
-        told.append(json.loads(capsys.readouterr().out)["metrics"])
-    assert told[0] == told[1]
+        printed.append(json.loads(capsys.readouterr().out)["metrics"])
+    assert printed[0] == printed[1]
 
 
 # serialization
 
 
 @pytest.mark.slow
-def test_code_that_is_here_alone_is_an_error_that_says_so(cluster):
+def test_code_that_workers_lack_is_an_error(cluster):
     """The error for code that this program can import and the nodes cannot."""
 
     class Local(nn.Linear):
@@ -429,11 +429,11 @@ def test_code_that_is_here_alone_is_an_error_that_says_so(cluster):
     sys.modules["only_here"].Local = Local
     try:
         task = task_of(seeded(Local, 4, 3), data, dtype=torch.float32)
-        with RayEngine(task, data, workers=1, cpus=0.1) as engine, pytest.raises(RunError, match="No module") as told:
+        with RayEngine(task, data, workers=1, cpus=0.1) as engine, pytest.raises(RunError, match="No module") as found:
             run(Plan(Gradient(), Mean()), engine, 1)
     finally:
         del sys.modules["only_here"]
-    assert "only_here" in told.value.given and "same code and files on every node" in told.value.required
+    assert "only_here" in found.value.given and "same code and files on every node" in found.value.required
 
 
 def test_a_virtual_clock_and_partial_work_are_refused(mlp):

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture()
-def strangers(monkeypatch):
+def no_cluster(monkeypatch):
     """A program that is not connected to Ray."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -72,14 +72,14 @@ def test_a_gpu_that_no_actor_has_is_refused():
         ("ray://127.0.0.1:10001", r"Ray\('127.0.0.1:6379'\)"),
     ],
 )
-def test_an_address_where_nobody_answers_is_refused_within_seconds(address, words, strangers):
+def test_an_address_without_an_answer_is_refused_within_seconds(address, words, no_cluster):
     began = time.monotonic()
     with pytest.raises(UsageError, match=words):
         RayEngine(*small(), address=address)
     assert time.monotonic() - began < 15
 
 
-def test_a_server_that_is_no_cluster_is_refused(strangers, monkeypatch):
+def test_a_server_that_is_no_cluster_is_refused(no_cluster, monkeypatch):
     monkeypatch.setattr(module, "_REACH_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(UsageError, match="timed out"):
         RayEngine(*small(), address=f"127.0.0.1:{mute.getsockname()[1]}")
@@ -95,7 +95,7 @@ def test_a_server_that_is_no_cluster_is_refused(strangers, monkeypatch):
             module._reach(f"127.0.0.1:{web.getsockname()[1]}")
 
 
-def test_a_cluster_that_is_gone_is_refused_where_its_address_was_left(strangers, monkeypatch, tmp_path):
+def test_the_address_file_of_an_ended_cluster_is_refused(no_cluster, monkeypatch, tmp_path):
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
@@ -103,10 +103,10 @@ def test_a_cluster_that_is_gone_is_refused_where_its_address_was_left(strangers,
         RayEngine(*small(), address="auto")
 
 
-def test_a_ray_that_does_not_start_is_an_error_that_says_so(strangers, monkeypatch):
-    def fail(**told: object) -> None:
-        assert told["address"] == "local" and not told["include_dashboard"]
-        folders.append(Path(str(told["_temp_dir"])))
+def test_a_ray_that_does_not_start_is_an_error(no_cluster, monkeypatch):
+    def fail(**settings: object) -> None:
+        assert settings["address"] == "local" and not settings["include_dashboard"]
+        folders.append(Path(str(settings["_temp_dir"])))
         assert folders[0].is_dir()
         raise Exception("The current node timed out during startup.")
 
@@ -114,25 +114,25 @@ def test_a_ray_that_does_not_start_is_an_error_that_says_so(strangers, monkeypat
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with pytest.raises(RunError, match="did not start on this machine: The current node timed out") as told:
+    with pytest.raises(RunError, match="did not start on this machine: The current node timed out") as settings:
         RayEngine(*small())
-    assert told.value.at("shell").line == "--engine processes"
+    assert settings.value.at("shell").line == "--engine processes"
     assert not folders[0].exists()
 
 
 def test_no_ray_and_an_old_one_are_refused(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ray, "__version__", "2.3.1")
-        with pytest.raises(UsageError, match=r"Ray 2\.3\.1 is installed") as told:
+        with pytest.raises(UsageError, match=r"Ray 2\.3\.1 is installed") as found:
             RayEngine(*small())
-        assert told.value.line == "pip install 'ray>=2.40'"
+        assert found.value.line == "pip install 'ray>=2.40'"
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match="not installed") as told:
+    with pytest.raises(UsageError, match="not installed") as found:
         RayEngine(*small())
-    assert told.value.line == "pip install 'atoll[ray]'"
+    assert found.value.line == "pip install 'atoll[ray]'"
 
 
-def test_the_command_line_refuses_what_it_cannot_reach(strangers, capsys, tmp_path):
+def test_the_command_line_refuses_an_unreachable_cluster(no_cluster, capsys, tmp_path):
     words = ["run", "--engine", "ray", "--address", "127.0.0.1:1", "--out", str(tmp_path), "--quiet"]
     assert answer(words) == 2
     assert "Write: ray start --head --port 6379" in capsys.readouterr().err
@@ -140,7 +140,7 @@ def test_the_command_line_refuses_what_it_cannot_reach(strangers, capsys, tmp_pa
     assert '--engine "Ray(gpus=1.0)"' in capsys.readouterr().err
 
 
-def test_what_an_actor_cannot_import_is_refused_before_anything_starts(strangers):
+def test_code_that_an_actor_cannot_import_is_refused_before_the_start(no_cluster):
     class Notebook(nn.Linear):
         pass
 
@@ -151,25 +151,25 @@ def test_what_an_actor_cannot_import_is_refused_before_anything_starts(strangers
 
 
 def test_tensors_lie_as_they_were():
-    told = {
+    found = {
         "a": torch.ones(2, 3, dtype=torch.bfloat16),
         "b": torch.tensor(True),
         "c": torch.empty(0, 4),
         "": torch.ones(3).t(),
     }
     for arrays in (lambda a: a, lambda a: [np.concatenate([[1], one])[1:].astype(np.uint8) for one in a]):
-        places, out = to_buffers(told)
+        places, out = to_buffers(found)
         back = from_buffers(places, arrays(out))
-        assert back.keys() == told.keys()
-        assert all(torch.equal(back[n], t) and back[n].dtype == t.dtype for n, t in told.items())
+        assert back.keys() == found.keys()
+        assert all(torch.equal(back[n], t) and back[n].dtype == t.dtype for n, t in found.items())
 
 
 PROGRAM = """
 import atoll
 from atoll.engine import Ray
 data = atoll.data.load("digits").split(clients=20)
-plan, told = atoll.recipes.fedavg(lr=0.1), dict(rounds=10**6, numerics="fused")  # auto looks at the rounds
-training = atoll.rounds("softmax", data, plan, **told, engine=Ray(ADDRESS, workers=1))
+plan, settings = atoll.recipes.fedavg(lr=0.1), dict(rounds=10**6, numerics="fused")  # auto looks at the rounds
+training = atoll.rounds("softmax", data, plan, **settings, engine=Ray(ADDRESS, workers=1))
 if __name__ == "__main__":
     for report in training:
         if report.round == 1:

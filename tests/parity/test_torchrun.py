@@ -63,13 +63,13 @@ def two(folder):
 
 
 # Importing torch takes most of the time. After a death, torchrun restarts all ranks, so it happens five times.
-@pytest.fixture(scope="module", params=only(["everybody lives"], ["everybody lives", "one dies"]))
-def lived(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=only(["all ranks run"], ["all ranks run", "one rank exits"]))
+def restarted(request, tmp_path_factory):
     """The number of restarts, the results of each rank, and the folder."""
-    if request.param == "everybody lives":
+    if request.param == "all ranks run":
         return "0", request.getfixturevalue("two"), request.getfixturevalue("folder")
-    grave = tmp_path_factory.mktemp("dying")
-    return "1", outcomes(grave, 2, "dies"), grave
+    folder = tmp_path_factory.mktemp("dying")
+    return "1", outcomes(folder, 2, "exits"), folder
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def clients():
 
 
 @pytest.mark.parametrize("case", theirs.quick(), ids=lambda case: case[0])
-def test_every_rank_comes_to_the_bits_of_one_process(case, two, clients):
+def test_every_rank_has_the_bits_of_one_process(case, two, clients):
     name, module, numerics, plan, words = case
     alone = theirs.outcome(module, numerics, plan, clients, InProcessEngine, **words)
     for rank in two:
@@ -96,7 +96,7 @@ def check_floats(case, ranks):
     alone = theirs.floats(module, plan, data, InProcessEngine)
     first, *others = (rank[name] for rank in ranks)
     assert all(other == first for other in others)
-    assert first["told"] == alone["told"]
+    assert first["outcome_rows"] == alone["outcome_rows"]
     assert first["sent"] is (name not in ("batch norm", "local training"))
     for numbers in ("theta", "losses"):
         assert first[numbers] == pytest.approx(alone[numbers], rel=1e-5, abs=1e-6)
@@ -105,7 +105,7 @@ def check_floats(case, ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_in_every_body(ranks, clients, tmp_path):
-    each = outcomes(tmp_path, ranks, "all", "dies")
+    each = outcomes(tmp_path, ranks, "all", "exits")
     for name, module, numerics, plan, words in theirs.cases():
         alone = theirs.outcome(module, numerics, plan, clients, InProcessEngine, **words)
         assert [rank[name] for rank in each] == [alone] * ranks, name
@@ -113,9 +113,9 @@ def test_any_number_of_ranks_in_every_body(ranks, clients, tmp_path):
         check_floats(case, each)
 
 
-def test_a_rank_that_dies_changes_no_bit_and_no_row(lived, clients):
+def test_a_rank_that_dies_changes_no_bit_and_no_row(restarted, clients):
     """The second rank was killed in round 3. torchrun restarted both ranks, and they resumed the run of this job."""
-    restarts, two, folder = lived
+    restarts, two, folder = restarted
     assert [rank["run"]["restarts"] for rank in two] == [restarts] * 2
     (path,) = runs.list_runs(folder / "runs")
     assert [rank["run"]["path"] for rank in two] == [path.name, None], "only rank 0 writes"
@@ -135,7 +135,7 @@ def test_ranks_give_a_secure_sum_the_bits_of_one_process(two, clients):
     assert [rank["secure"] for rank in two] == alone[-1:] * 2
 
 
-def test_the_model_of_rank_0_is_everybodys(two, clients):
+def test_all_ranks_have_the_model_of_rank_0(two, clients):
     torch.manual_seed(0)
     alone = [r.fingerprint for r in rounds(theirs.norm(), clients, recipes.fedavg(0.1), rounds=1, numerics="loop")]
     assert [rank["one model"] for rank in two] == alone * 2
@@ -148,11 +148,11 @@ def test_the_line_to_write_works(tmp_path):
         "run --data wine --clients 5 --rounds 2 --quiet --engine torchrun --out theirs --set report=false"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    told = subprocess.run(
+    found = subprocess.run(
         [sys.executable, "-m", "atoll", *words], cwd=tmp_path, env=env, capture_output=True, text=True
     )
-    assert told.returncode == 2
-    line = shlex.split(told.stderr.splitlines()[-1].removeprefix("Write: "))
+    assert found.returncode == 2
+    line = shlex.split(found.stderr.splitlines()[-1].removeprefix("Write: "))
     assert line == ["torchrun", "--nproc-per-node", "2", "-m", "atoll", *words]
     done = torchrun(line[1:], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -204,7 +204,7 @@ def test_nccl_without_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("pace", [Buffered(2), Bounded(1)], ids=repr)
-def test_a_pace_that_flies_on(pace, clients, monkeypatch):
+def test_a_pace_with_overlapping_rounds_is_refused(pace, clients, monkeypatch):
     for name, value in RANKS.items():  # the start is checked before the plan
         monkeypatch.setenv(name, value)
     plan = replace(recipes.fedavg(0.1, cohort=5), pace=pace)
@@ -213,10 +213,10 @@ def test_a_pace_that_flies_on(pace, clients, monkeypatch):
     assert caught.value.at("shell").line == '--set "plan.pace=Sync()"'
 
 
-@pytest.mark.parametrize("told", [{"workers": 2}, {"engine": "Torchrun(workers=0)"}], ids=repr)
-def test_workers_that_cannot_be(told, clients):
+@pytest.mark.parametrize("settings", [{"workers": 2}, {"engine": "Torchrun(workers=0)"}], ids=repr)
+def test_workers_that_cannot_be(settings, clients):
     with pytest.raises(UsageError, match="workers"):
-        rounds("softmax", clients, recipes.fedavg(0.1), **told)
+        rounds("softmax", clients, recipes.fedavg(0.1), **settings)
 
 
 class Two:

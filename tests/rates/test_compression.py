@@ -13,7 +13,7 @@ FASHION = pytest.mark.skipif(not DEBIAN_FASHION.is_dir(), reason="Debian's datas
 ROW = re.compile(r"^ +(all|10%) +(\d+) +(none|compressed) +([\d.]+)% +([-+][\d.]+) +([\d.]+) +1/(\d+) ", re.MULTILINE)
 
 
-def told(monkeypatch, capsys, *words: str) -> list[tuple[str, str, float, int]]:
+def table(monkeypatch, capsys, *words: str) -> list[tuple[str, str, float, int]]:
     """Return (participation, codec, difference in points, factor of fewer bytes) of each row of the output."""
     monkeypatch.setattr("sys.argv", ["compression.py", *words])
     runpy.run_path(str(EXAMPLE))["main"]()
@@ -28,7 +28,7 @@ def told(monkeypatch, capsys, *words: str) -> list[tuple[str, str, float, int]]:
 @FASHION
 def test_the_example_runs(monkeypatch, capsys):
     words = ("--clients", "10", "--rounds", "2", "--part-rounds", "2", "--steps", "1")
-    rows = told(monkeypatch, capsys, *words)
+    rows = table(monkeypatch, capsys, *words)
     assert [times for *_, times in rows[::2]] == [1, 1] and min(times for *_, times in rows[1::2]) > 50
 
 
@@ -36,6 +36,6 @@ def test_the_example_runs(monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_fiftieth_of_the_bytes_costs_less_than_half_a_point(monkeypatch, capsys):
-    for _, name, points, times in told(monkeypatch, capsys):
+    for _, name, points, times in table(monkeypatch, capsys):
         if name == "compressed":
             assert times >= 50 and points >= -0.5

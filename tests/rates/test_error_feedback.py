@@ -96,7 +96,7 @@ def test_feedback_reaches_the_optimum_of_one_client_at_a_constant_step(inner):
 
 
 @pytest.mark.slow  # the stall of plain top-k is also tested below
-def test_top_k_alone_stalls_where_feedback_goes_on():
+def test_top_k_stalls_and_error_feedback_does_not():
     """At a constant step, plain top-k stalls where the sent coordinates balance; with feedback the error is O(step)."""
     four = Bowls(4, 20)
     before, after = four.distances(TopK(0.2), 0.2, [100, 200])

@@ -127,7 +127,7 @@ def rounds_for(lr, steps, share=(1, 1, 1)):
 
 
 @pytest.mark.parametrize(("steps", "weights", "body"), FIXED)
-def test_fedavg_on_unlike_clients_comes_to_its_own_fixed_point(body, weights, steps):
+def test_fedavg_on_unequal_clients_reaches_its_own_fixed_point(body, weights, steps):
     """This is not the minimum of the mean: with many local steps it drifts to the mean of the clients' minima."""
     # Client 1 has three copies of its rows: three times the weight, the same quadratic.
     data = bowl(*zip(CURVES, LOWS, strict=True))

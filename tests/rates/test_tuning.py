@@ -28,7 +28,7 @@ def test_it_ends_at_the_peak(peak, threads, noise):
     assert climb.converged and climb.best == Trial(peak, threads)
 
 
-def test_what_is_hardly_quicker_is_no_reason_to_move():
+def test_a_small_gain_keeps_the_setting():
     climb = climbed(lambda setting, t: 1 - 0.01 * setting.threads)
     assert climb.converged and climb.best == Trial(1.0, 1)
 
@@ -37,7 +37,7 @@ def test_the_first_round_does_not_count():
     assert climbed(lambda setting, t: 100.0 if t == 0 else setting.chunk).best.chunk == min(CHUNKS)
 
 
-def test_nobody_at_work_says_nothing():
+def test_a_round_without_clients_tunes_nothing():
     climb = Tuning()
     climb.setting(Trial(1.0, 1))
     climb.record(0, 1.0)

@@ -22,15 +22,15 @@ from atoll.cli.app import app
 from atoll.plan.round import step
 
 
-def base(**told):
+def base(**settings):
     """The flags of a quick run; arguments replace or add flags."""
-    values = {"data": "diabetes", "model": "linear", "recipe": "distributed_gd(0.1)", "clients": 5, **told}
+    values = {"data": "diabetes", "model": "linear", "recipe": "distributed_gd(0.1)", "clients": 5, **settings}
     return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def quick(**told):
+def quick(**settings):
     """The flags of a quick run without progress output."""
-    return [*base(**{"rounds": 2, **told}), "--quiet"]
+    return [*base(**{"rounds": 2, **settings}), "--quiet"]
 
 
 @pytest.fixture(autouse=True)
@@ -199,25 +199,25 @@ def test_quiet_is_quiet(atoll):
 
 def test_json_is_one_object(atoll):
     done = atoll("run", *base(rounds=2), "--json", "--baselines")
-    told = json.loads(done.out)
+    found = json.loads(done.out)
     assert done.out.count("\n") == 1
     wanted = {"run", "path", "rounds", "seconds", "metrics", "bytes_up", "bytes_down", "failures", "baselines"}
-    assert wanted <= told.keys()
-    assert (told["rounds"], told["failures"]) == (2, 0)
-    assert told["bytes_up"] > 0
-    assert Path(told["path"]).name == told["run"] == only_run().name
-    assert {"federated", "pooled", "local", "constant"} == told["baselines"].keys()
-    assert "rmse" in told["metrics"]
+    assert wanted <= found.keys()
+    assert (found["rounds"], found["failures"]) == (2, 0)
+    assert found["bytes_up"] > 0
+    assert Path(found["path"]).name == found["run"] == only_run().name
+    assert {"federated", "pooled", "local", "constant"} == found["baselines"].keys()
+    assert "rmse" in found["metrics"]
     assert done.err, "progress goes on, on stderr"
 
 
 def test_seeds_give_mean_and_sd(atoll):
     done = atoll("run", *quick(), "--seeds", "3", "--json", "--seed", "5")
-    told = json.loads(done.out)
-    assert [one["seed"] for one in told["runs"]] == [5, 6, 7]
-    values = [one["metrics"]["rmse"] for one in told["runs"]]
-    assert told["metrics"]["rmse"] == pytest.approx(np.mean(values))
-    assert told["sd"]["rmse"] == pytest.approx(np.std(values, ddof=1))
+    found = json.loads(done.out)
+    assert [one["seed"] for one in found["runs"]] == [5, 6, 7]
+    values = [one["metrics"]["rmse"] for one in found["runs"]]
+    assert found["metrics"]["rmse"] == pytest.approx(np.mean(values))
+    assert found["sd"]["rmse"] == pytest.approx(np.std(values, ddof=1))
     text = atoll("run", *quick(), "--seeds", "2").out
     assert "mean" in text
     assert "± sd" in text
@@ -233,9 +233,9 @@ def test_smoke_tries_every_stage_and_leaves_nothing(atoll, monkeypatch):
 
 
 def test_stop_rules_end_a_run(atoll):
-    told = json.loads(atoll("run", *quick(), "--json", "--stop", "Bytes(1)", "--stop", 'Target("rmse", 1e-9)').out)
-    assert told["rounds"] == 1
-    assert "bytes" in told["reason"]
+    found = json.loads(atoll("run", *quick(), "--json", "--stop", "Bytes(1)", "--stop", 'Target("rmse", 1e-9)').out)
+    assert found["rounds"] == 1
+    assert "bytes" in found["reason"]
 
 
 # Sources of settings
@@ -257,10 +257,10 @@ def test_found_files_are_read_and_switches_come_from_the_environment(atoll, monk
     Path("pyproject.toml").write_text("[tool.atoll]\nrounds = 1\nout = 'elsewhere'\n")
     monkeypatch.setenv("ATOLL_QUIET", "1")
     monkeypatch.setenv("ATOLL_JSON", "1")
-    told = json.loads(atoll("run", *base()).out)
-    assert (told["rounds"], Path(told["path"]).parent.name) == (1, "elsewhere")
+    found = json.loads(atoll("run", *base()).out)
+    assert (found["rounds"], Path(found["path"]).parent.name) == (1, "elsewhere")
     monkeypatch.delenv("ATOLL_JSON")
-    assert told["run"] in atoll("runs").out
+    assert found["run"] in atoll("runs").out
 
 
 def test_no_baselines_wins_over_the_file(atoll):
@@ -399,7 +399,7 @@ def test_the_other_commands_reach_their_tools(atoll, monkeypatch):
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_meant_exits_2(refused, words, parts):
+def test_invalid_arguments_exit_2(refused, words, parts):
     refused(*words, parts=parts)
     assert not Path("runs").exists(), "nothing was started"
 
@@ -417,9 +417,10 @@ def test_a_plan_text_cannot_call_something_else(refused, text):
 def test_suggested_flags_work(refused, atoll):
     error = refused("run", *quick(clients="5000"))
     flags = shlex.split(error.partition("Write: ")[2])
-    told = dict(zip(flags[::2], flags[1::2], strict=True))
+    found = dict(zip(flags[::2], flags[1::2], strict=True))
     assert (
-        atoll("run", *quick(clients=told.pop("--clients")), *(word for pair in told.items() for word in pair)).code == 0
+        atoll("run", *quick(clients=found.pop("--clients")), *(word for pair in found.items() for word in pair)).code
+        == 0
     )
 
 
@@ -517,7 +518,7 @@ def test_a_folder_in_use_exits_2_and_stays(refused, atoll):
 # A run that fails: exit 1
 
 
-def test_a_loss_that_is_nan_everywhere_exits_1_and_keeps_what_was_written(refused, atoll):
+def test_a_loss_that_is_always_nan_exits_1_and_keeps_the_files(refused, atoll):
     words = ["run", "--data", "wine", "--clients", "5", "--quiet", "--rounds", "40"]
     refused(*words, "--recipe", "fedavg(lr=1e30)", code=1, parts=("finite", "atoll lr"))
     path = only_run()
@@ -550,13 +551,13 @@ def test_traceback_is_shown_on_demand(atoll, monkeypatch):
 
 def went_on(atoll, out):
     """The output of an interrupted command agrees with its run folder, and another command resumes from it."""
-    told = json.loads(out)
-    assert told["status"] == "interrupted"
+    found = json.loads(out)
+    assert found["status"] == "interrupted"
     rows = runs.read_rows(only_run() / "metrics.jsonl")
-    assert [row["round"] for row in rows] == list(range(told["rounds"]))
-    done = atoll("resume", "latest", "--rounds", told["rounds"] + 2, "--json", "--quiet")
-    assert json.loads(done.out)["rounds"] == told["rounds"] + 2
-    return told["rounds"]
+    assert [row["round"] for row in rows] == list(range(found["rounds"]))
+    done = atoll("resume", "latest", "--rounds", found["rounds"] + 2, "--json", "--quiet")
+    assert json.loads(done.out)["rounds"] == found["rounds"] + 2
+    return found["rounds"]
 
 
 def test_first_interrupt_finishes_the_round(atoll, monkeypatch):
@@ -588,7 +589,7 @@ def test_first_interrupt_finishes_the_round_and_second_command_goes_on(atoll):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     heads = iter(started.stderr.readline, "")
-    assert any(line.split()[:1] == ["0"] for line in heads), "the first round is told as a plain line"
+    assert any(line.split()[:1] == ["0"] for line in heads), "the first round is found as a plain line"
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=60)
     assert started.returncode == 130, err
@@ -605,7 +606,7 @@ def test_interrupt_while_data_is_read_exits_130(atoll, monkeypatch):
     assert "Stopped" in done.err
 
 
-def test_output_that_nobody_reads_is_no_error(atoll):
+def test_a_closed_output_is_no_error(atoll):
     atoll("run", *quick())
     code = "import sys; from atoll.cli import main; sys.exit(main(['runs']))"
     reader, writer = os.pipe()

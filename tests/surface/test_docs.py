@@ -77,7 +77,7 @@ def reduced(match: re.Match[str]) -> str:
 
 
 @pytest.mark.parametrize("page", **named(RUN, LONG))
-def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
+def test_code_runs_and_prints_the_shown_output(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for variable in ("ATOLL_DATA", "ATOLL_DATASET", "ATOLL_OUT"):

@@ -251,13 +251,13 @@ def test_a_foreign_engine_trains_from_the_command_line(capsys):
         "report=false",
     ]
     assert main(words) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["status"] == "done"
-    about = runs.read_environment(Path(told["path"]))
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["status"] == "done"
+    about = runs.read_environment(Path(printed["path"]))
     assert (about["engine"], about["planet"]) == ("Fake", "Mars")
     assert fake_engine.CALLS == ["open", 0, 1, "close"]
-    assert main(["resume", told["run"], "--rounds", "3", "--quiet"]) == 2
-    assert main(["resume", told["run"], "--rounds", "3", "--quiet", "--trust"]) == 0
+    assert main(["resume", printed["run"], "--rounds", "3", "--quiet"]) == 2
+    assert main(["resume", printed["run"], "--rounds", "3", "--quiet", "--trust"]) == 0
     assert fake_engine.CALLS[4:] == ["open", 2, "close"]
 
 

@@ -70,13 +70,13 @@ def test_defaults_are_the_demonstration():
     ("data", "clients", "split"),
     [("diabetes", 35, "IID()"), ("wine", 14, "Dirichlet(0.3)"), ("breast_cancer", 45, "Dirichlet(0.3)")],
 )
-def test_what_is_left_open_is_settled_by_the_data(data, clients, split):
+def test_open_settings_follow_from_the_data(data, clients, split):
     it = Experiment().override(data=data).resolved()
     assert (it.clients, it.split) == (clients, split)
     assert it.data().count == clients
 
 
-def test_natural_clients_are_taken_where_there_are_any():
+def test_natural_clients_are_the_default_split():
     rows = "\n".join(f"{i},{'abc'[i % 3]},{i % 7}.5" for i in range(60))
     it = Experiment().override(data=written(f"x,site,y\n{rows}\n", "sites.csv"), by="site", target="y").resolved()
     assert (it.clients, it.split) == (3, "ByColumn()")
@@ -120,7 +120,7 @@ def test_module_is_the_model_before_the_first_round():
         assert torch.equal(tensor, module.state_dict()[name])
 
 
-def test_train_takes_everything_that_was_told():
+def test_train_takes_every_setting():
     it = Experiment().override(**QUICK, seed=1, dtype="float64", evaluate_every=2, stop=("Tolerance(loss=1.0)",))
     seen = []
 
@@ -244,7 +244,7 @@ def test_bad_settings_are_refused(settings, parts):
 
 
 @pytest.mark.parametrize(
-    ("told", "call", "parts"),
+    ("settings", "call", "parts"),
     [
         ({"recipe": "fedavgg()"}, "plan", ("'fedavgg'", 'Write: recipe="fedavg()"')),
         ({"recipe": "Dirichlet(0.3)"}, "plan", ("'Dirichlet'",)),
@@ -262,8 +262,8 @@ def test_bad_settings_are_refused(settings, parts):
         ({"init": "absent"}, "training", ("'absent'",)),
     ],
 )
-def test_what_cannot_be_meant_is_refused(told, call, parts):
-    refused(lambda: getattr(Experiment().override(**{**QUICK, **told}), call)(), *parts)
+def test_invalid_requests_are_refused(settings, call, parts):
+    refused(lambda: getattr(Experiment().override(**{**QUICK, **settings}), call)(), *parts)
 
 
 def test_a_field_that_is_not_there_is_refused():
@@ -343,7 +343,7 @@ def test_no_text_of_a_run_folder_imports(module, key, call):
     assert not Path("imported").exists()
 
 
-def test_what_is_typed_over_an_untrusted_file_is_trusted(module):
+def test_typed_settings_over_an_untrusted_file_are_trusted(module):
     written(f"rounds = 3\nmodel = '{module}'\nrecipe = '{module}()'\n", "atoll.toml")
     it = Experiment.found().override(model=module)
     assert it.untrusted == {"rounds", "recipe"}
@@ -397,7 +397,7 @@ def test_toml_refuses_another_type():
 # Order of sources
 
 
-def test_environment_says_every_setting():
+def test_the_environment_file_has_every_setting():
     it = Experiment().with_environment(
         {
             "ATOLL_DATASET": "wine",
@@ -423,7 +423,7 @@ def test_environment_says_every_setting():
     assert error.line == "ATOLL_ROUNDS=100"
 
 
-def test_none_says_nothing_and_none_can_be_said():
+def test_none_overrides_nothing_and_the_text_none_does():
     it = Experiment(clients=3)
     assert it.override(clients=None).clients == 3
     assert it.with_settings({"clients": "None"}).clients is None

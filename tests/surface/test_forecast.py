@@ -133,7 +133,7 @@ def test_a_compressed_message_is_no_longer():
     assert 0.5 * predicted.bytes_up < it.bytes_up < predicted.bytes_up
 
 
-def test_what_a_loop_of_ones_own_sends_is_not_known():
+def test_the_message_of_an_own_loop_is_unknown():
     def loop(model, loader, ctx):
         return {"one": 1.0, "two": 2.0}
 
@@ -147,7 +147,7 @@ def test_a_forecast_changes_nothing():
     assert [r.fingerprint for r in alone] == [r.fingerprint for r in watched]
 
 
-def test_rounds_that_are_not_flown_are_like_the_others():
+def test_rounds_without_flights_equal_the_others():
     it = training(Plan(Gradient(), Mean(), sgd(0.1), cohort=4, pace=Buffered(2)), SLOW, rounds=400)
     plan = it.plan
     whole = predict(it)
@@ -186,7 +186,7 @@ def test_a_clients_time_is_all_accounted_for(pace):
     assert parts.compute == pytest.approx(parts.total) and parts.link == 0
 
 
-def test_a_table_of_links_is_what_the_clock_says():
+def test_a_table_of_links_equals_the_clock():
     plan = Plan(Gradient(), Mean(), sgd(0.1), codec=Quantize(8))
     predicted = predict(training(plan))
     assert predicted.seconds is None and predicted.flights.parts is None and predicted.help is None
@@ -212,7 +212,7 @@ def settings(write):
     ],
     ids=["uplink", "downlink", "server", "compressed"],
 )
-def test_what_would_help_helps(slots, fleet, changed):
+def test_the_proposed_change_removes_the_bottleneck(slots, fleet, changed):
     plan = Plan(Gradient(), Mean(), sgd(0.1), **slots)
     predicted = predict(training(plan, fleet, rounds=30))
     assert predicted.dominates == "link" and predicted.help.enough
@@ -225,7 +225,7 @@ def test_what_would_help_helps(slots, fleet, changed):
     assert "No codec can save more" in after.text()
 
 
-def test_the_best_there_is_where_nothing_is_enough():
+def test_the_best_codec_is_proposed_if_none_is_enough():
     predicted = predict(training(Plan(Gradient(), Mean(), sgd(0.1)), Fleet(1e-6, server="1 kB/s")))
     assert predicted.dominates == "link" and not predicted.help.enough
     assert predicted.help.parts.link < predicted.flights.parts.link and "still more than computing" in predicted.text()
@@ -234,7 +234,7 @@ def test_the_best_there_is_where_nothing_is_enough():
     assert least.help is None and "No codec that was tried sends fewer bytes" in least.text()
 
 
-def test_who_waits_is_told_not_to():
+def test_long_waits_propose_another_pace():
     data = classification((3,) * 40, (12,))
     plan = Plan(Gradient(), Mean(), sgd(0.1), Uniform(20))
     predicted = predict(training(plan, Fleet(HalfNormal()), rounds=5, data=data))
@@ -255,7 +255,7 @@ def test_a_change_that_does_not_fit_is_not_proposed():
 
 
 @pytest.mark.parametrize("dtype", only(["float64"], ["float32", "float64"]))
-def test_memory_is_what_is_kept(dtype):
+def test_predicted_memory_equals_the_sizes_of_the_tensors(dtype):
     plan = Plan(KEEPING, Mean(), adam(0.01), codec=ErrorFeedback(TopK(0.1)), downlink=TopK(0.1), pace=Buffered(3))
     it = atoll.rounds(module(), DATA, plan, rounds=12, fleet=SLOW, dtype=dtype, evaluate_every=0)
     predicted, versions = predict(it).memory, []
@@ -275,7 +275,7 @@ def size(tree):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_sum_takes_no_more_than_is_told(dtype):
+def test_the_sum_uses_at_most_the_forecast_memory(dtype):
     data = classification(SIZES, (12,), dtype=dtype)
     plan = Plan(Gradient(), Mean(), sgd(0.1))
     it = atoll.rounds(module(), data, plan, rounds=1, dtype=str(dtype).removeprefix("torch."), evaluate_every=0)
@@ -319,7 +319,7 @@ def test_the_command_tells_people_and_programs(run):
     assert code == 0 and "Computing dominates" in after
 
 
-def test_the_command_refuses_what_a_run_would(run):
+def test_the_command_refuses_the_same_plans_as_a_run(run):
     code, out, err = run(*WORDS, "--set", "plan.pace=Sync(deadline_s=5)")
     assert (code, out) == (2, "") and "without a clock" in err
     code, out, err = run(*WORDS, "--fleet", "Fleet()", "--set", "plan.pace=Sync(deadline_s=0.5)")

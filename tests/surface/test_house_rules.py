@@ -202,7 +202,7 @@ def test_house_rule(rule, where):
 
 
 @pytest.mark.parametrize(("rule", "where", "bad", "good"), RULES)
-def test_rule_finds_what_it_forbids(rule, where, bad, good):
+def test_a_rule_finds_its_violations(rule, where, bad, good):
     assert list(rule(ast.parse(bad)))
     assert not list(rule(ast.parse(good)))
 

@@ -59,21 +59,21 @@ def events(path, name):
     return {e["round"]: e for e in read_rows(path / "events.jsonl") if e["event"] == name}
 
 
-def test_what_is_replayed_is_what_was_told(run):
+def test_replayed_losses_equal_the_recorded_losses(run):
     """Loss, rows, bytes and staleness of each contribution of a round equal the log, and shares sum to 1."""
     done, again = run
     rows = read_rows(done.path / "metrics.jsonl")
     clients = events(done.path, "clients")
     for t in (1, 3):
-        told, shares, seen = clients[t], [], Counter()
-        for at, client in enumerate(told["id"]):
+        reports, shares, seen = clients[t], [], Counter()
+        for at, client in enumerate(reports["id"]):
             found = replay(done.path, t, client, training=again(), nth=seen[client])
             seen[client] += 1
             assert found.fingerprint == rows[t]["fingerprint"] and found.checked == t + 1
             if found.of == 1:  # with several, the log has no order
-                assert found.metrics["loss"] == pytest.approx(told["loss"][at], abs=2e-6)
-                assert found.bytes_up == told["bytes_up"][at] and found.bytes_down == told["bytes_down"][at]
-                assert found.round - found.birth == told.get("staleness", [0] * 99)[at]
+                assert found.metrics["loss"] == pytest.approx(reports["loss"][at], abs=2e-6)
+                assert found.bytes_up == reports["bytes_up"][at] and found.bytes_down == reports["bytes_down"][at]
+                assert found.round - found.birth == reports.get("staleness", [0] * 99)[at]
             assert found.failure == "" and f"client {client}" in found.text()
             shares.append(found.share)
         if shares and rows[t]["gradient_norm"]:
@@ -81,15 +81,15 @@ def test_what_is_replayed_is_what_was_told(run):
         assert not seen or seen[found.client] == found.of
 
 
-def test_who_gave_nothing_is_told_when_it_did(run):
+def test_a_client_without_an_update_is_named_with_its_rounds(run):
     done, again = run
     clients = events(done.path, "clients")
     trips = events(done.path, "trips")
     lost = {e["client"] for e in read_rows(done.path / "events.jsonl") if e["event"] == "failure"}
-    for t, told in clients.items():
+    for t, found in clients.items():
         ended = trips.get(t, {"client": (), "fate": ()})
         late = {c for c, fate in zip(ended["client"], ended["fate"], strict=True) if fate == "late"}
-        absent = sorted(set(range(6)) - set(told["id"]) - late - lost)
+        absent = sorted(set(range(6)) - set(found["id"]) - late - lost)
         if not absent or (t not in trips and again().plan.pace.cohort_size(10) > 10):  # late clients are not in the log
             continue
         with pytest.raises(UsageError) as error:
@@ -101,7 +101,7 @@ def test_who_gave_nothing_is_told_when_it_did(run):
         return
 
 
-def test_who_was_lost_or_late_is_computed_and_says_so(run):
+def test_lost_and_late_clients_are_replayed_with_their_state(run):
     done, again = run
     for t, event in events(done.path, "trips").items():
         for client, fate in zip(event["client"], event["fate"], strict=True):
@@ -118,8 +118,8 @@ def test_who_was_lost_or_late_is_computed_and_says_so(run):
 
 def test_a_contribution_that_is_not_there(run):
     done, again = run
-    told = events(done.path, "clients")[1]
-    client = told["id"][0]
+    reports = events(done.path, "clients")[1]
+    client = reports["id"][0]
     with pytest.raises(UsageError, match="nth = 9") as error:
         replay(done.path, 1, client, training=again(), nth=9)
     words = error.value.line.split()
@@ -142,12 +142,12 @@ def test_from_a_checkpoint_in_flight(data, tmp_path):
 
 
 @needs_native
-def test_steps_in_native_code_are_heard(data, tmp_path):
+def test_steps_in_native_code_are_observed(data, tmp_path):
     """The loss of every step equals that of fused layers, and the update equals that of the run."""
-    heard = []
+    losses = []
     for numerics in ("fused", "compiled"):
         done = train("softmax", data, BASE, rounds=2, out=tmp_path, report=False, numerics=numerics, evaluate_every=0)
         again = rounds("softmax", data, BASE, rounds=2, numerics=numerics, evaluate_every=0)
         client = events(done.path, "clients")[1]["id"][0]
-        heard.append(replay(done.path, 1, client, training=again).losses)
-    assert len(heard[0]) > 1 and heard[0] == pytest.approx(heard[1], rel=1e-5)
+        losses.append(replay(done.path, 1, client, training=again).losses)
+    assert len(losses[0]) > 1 and losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -140,14 +140,14 @@ SHAPES = {
     "many classes": (ROWS, [], federation([60] * 20, 50)),
     "judged now and then": ([row(t, loss=1.0) | ({"accuracy": t / 9} if t % 3 == 2 else {}) for t in range(9)],
                             [], federation([5] * 5)),
-    "nobody at work": ([row(t) | dict.fromkeys(("cohort", "arrived", "bytes_up", "bytes_down"), 0) for t in range(3)],
+    "no client works": ([row(t) | dict.fromkeys(("cohort", "arrived", "bytes_up", "bytes_down"), 0) for t in range(3)],
                        [], None),
     "some arrive": ([{**learned(t), "arrived": 5 - t % 2, "lr": 1 / (t + 1)} for t in range(9)], [], None),
 }  # fmt: skip
 
 
 # The quick run draws these: those that omit most and those that contain most.
-EXTREME = ["no round", "not finite", "one client", "many clients", "nobody at work"]
+EXTREME = ["no round", "not finite", "one client", "many clients", "no client works"]
 
 
 @pytest.mark.parametrize("shape", only(EXTREME, SHAPES))
@@ -158,7 +158,7 @@ def test_every_shape_of_run_is_drawn(shape, tmp_path):
     assert f"{len(rows)}" in page.text
 
 
-def test_page_says_what_happened(tmp_path):
+def test_the_page_states_the_result(tmp_path):
     baselines = [
         {"event": "baseline", "name": "pooled", "accuracy": 0.97, "held_out_loss": 0.1, "samples": 10},
         {
@@ -255,19 +255,19 @@ def test_long_logs_are_thinned(tmp_path):
 
 
 def test_huge_federation_is_counted_in_part():
-    told = summarize(federation([2] * 300_000, 20))
-    assert len(told.ids) == MOST_DRAWN and len(told.every) <= MOST_COUNTED
-    assert "2,000 of the 300,000 clients" in told.omitted
+    found = summarize(federation([2] * 300_000, 20))
+    assert len(found.ids) == MOST_DRAWN and len(found.every) <= MOST_COUNTED
+    assert "2,000 of the 300,000 clients" in found.omitted
 
 
-def test_clients_that_are_alike_stand_together():
+def test_clients_with_similar_classes_are_neighbours():
     y = torch.arange(3).repeat(7).repeat_interleave(4)
     rows = ArrayRows(torch.zeros(len(y), 1), y)
     offsets = offsets_of(torch.full((21,), 4))
     data = Clients("set", rows, torch.arange(len(y)), offsets, None, "classification", ("a", "b", "c"), (1,))
-    told = summarize(data)
-    assert told.shares.argmax(1).tolist() == [0] * 7 + [1] * 7 + [2] * 7
-    assert told.shares.sum(1) == pytest.approx(1)
+    found = summarize(data)
+    assert found.shares.argmax(1).tolist() == [0] * 7 + [1] * 7 + [2] * 7
+    assert found.shares.sum(1) == pytest.approx(1)
 
 
 def test_text_is_escaped_and_elements_are_not():
@@ -344,7 +344,7 @@ class Clock:
         return self.now
 
 
-def told(t, failures=(), **metrics):
+def found(t, failures=(), **metrics):
     return Report(t, metrics, 3, 3 - len(failures), failures, 2408, 2400, seconds=0.25)
 
 
@@ -372,7 +372,7 @@ def lines(text):
 
 
 def test_plain_lines(training):
-    reports = [told(t, loss=v, held_out_loss=v, accuracy=1 - v) for t, v in enumerate([0.5, 0.4, math.nan, 0.45])]
+    reports = [found(t, loss=v, held_out_loss=v, accuracy=1 - v) for t, v in enumerate([0.5, 0.4, math.nan, 0.45])]
     text = shown(training, reports, each=2)
     assert "\x1b" not in text and "\r" not in text
     assert [line[:4] for line in lines(text)] == [
@@ -388,11 +388,11 @@ def test_plain_lines(training):
 
 
 def test_quick_rounds_are_one_line_a_second_and_the_last_is_there(training):
-    reports = [told(t, loss=1.0) for t in range(95)]
+    reports = [found(t, loss=1.0) for t in range(95)]
     at = [int(line[0]) for line in lines(shown(training, reports, each=0.1))]
     assert at[0] == 0 and at[-1] == 94 and len(at) <= 11
     assert len(lines(shown(training, reports, each=1.5))) > 60
-    many = [told(t, loss=1.0) for t in range(3000)]
+    many = [found(t, loss=1.0) for t in range(3000)]
     assert len(lines(shown(training, many, each=1.0))) < 600
 
 
@@ -400,7 +400,7 @@ def test_best_is_marked_by_the_direction_of_the_metric():
     best = Best({"accuracy": True, "loss": False})
     marks = []
     for t, (a, b) in enumerate([(0.5, 1.0), (0.7, 2.0), (0.7, 0.5), (math.nan, math.inf), (0.6, 0.5)]):
-        marks.append(sorted(best.marked(best.see(told(t, accuracy=a, loss=b)))))
+        marks.append(sorted(best.marked(best.see(found(t, accuracy=a, loss=b)))))
     assert marks == [["accuracy", "loss"], ["accuracy"], ["loss"], [], []]
     assert best.round == {"accuracy": 1, "loss": 2}
 
@@ -408,7 +408,7 @@ def test_best_is_marked_by_the_direction_of_the_metric():
 @pytest.mark.parametrize("plain", [True, False])
 def test_names_and_errors_are_shown_as_text(training, plain):
     failure = Failure(1, 0, "local", "[red]odd[/red] \x1b[31m\x07\nrow")
-    text = shown(training, [told(0, (failure,), loss=1.0)], plain=plain)
+    text = shown(training, [found(0, (failure,), loss=1.0)], plain=plain)
     assert "client 1 failed in round 0 (local): [red]odd[/red] ·[31m··row" in text
     assert "\x07" not in text and "\x1b[31m" not in text
 
@@ -417,7 +417,7 @@ def test_terminal_is_given_back(training):
     file = io.StringIO()
     with pytest.raises(ZeroDivisionError), LiveTable(plain=False, file=file) as table:
         table.start(training, None)
-        table.round(told(0, loss=1.0, held_out_loss=1.0, accuracy=0.5))
+        table.round(found(0, loss=1.0, held_out_loss=1.0, accuracy=0.5))
         raise ZeroDivisionError
     text = file.getvalue()
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
@@ -426,7 +426,7 @@ def test_terminal_is_given_back(training):
 
 def test_table_on_a_terminal_keeps_the_best_and_the_last(training):
     values = [abs(t - 61) / 100 for t in range(100)]
-    text = shown(training, [told(t, loss=v, accuracy=1 - v) for t, v in enumerate(values)], plain=False)
+    text = shown(training, [found(t, loss=v, accuracy=1 - v) for t, v in enumerate(values)], plain=False)
     last = text[text.rindex("─") :]
     at = [int(line.split()[0]) for line in last.splitlines() if re.match(r" *\d+ ", line)]
     assert at[0] == 0 and at[-1] == 99 and 61 in at and len(at) <= 16 and at == sorted(at)

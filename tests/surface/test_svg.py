@@ -26,7 +26,7 @@ def texts(text):
     return [e.text for e in ElementTree.fromstring(text).iter(f"{NS}text")]
 
 
-def test_points_lie_where_the_axes_put_them():
+def test_points_match_the_axes():
     """On a linear axis, pixels are an affine function of values; on a log axis, of their logarithms."""
     x, y = [0, 1, 4, 10], [1.0, 10.0, 100.0, 1000.0]
     for log in (False, True):

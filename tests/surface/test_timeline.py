@@ -43,7 +43,7 @@ def flown(draw_, clients=st.integers(1, 70)):
 
 @given(flown())
 @settings(max_examples=settings().max_examples // 2)
-def test_nobody_flies_beside_another_in_one_row(rows):
+def test_a_row_of_the_timeline_has_no_overlaps(rows):
     flights = FlightLog.of(rows)
     row, clients = flights.lanes()
     for at in range(int(row.max()) + 1):
@@ -60,7 +60,7 @@ def test_nobody_flies_beside_another_in_one_row(rows):
 
 @given(flown(st.integers(1, 8)), st.floats(0.1, 30))
 @settings(max_examples=settings().max_examples // 2)
-def test_work_is_the_time_in_the_air(rows, until):
+def test_work_is_the_time_in_flight(rows, until):
     flights = FlightLog.of(rows).among(until)
     row, _ = flights.lanes()
     if not len(flights):
@@ -72,7 +72,7 @@ def test_work_is_the_time_in_the_air(rows, until):
     assert every.sum() * until == pytest.approx((np.minimum(flights.end, until) - flights.start).sum())
 
 
-def test_the_window_ends_where_somebody_is_missing():
+def test_the_window_ends_at_a_missing_client():
     def flight(number, start, end):
         return (number, number % 3, 0, start, start, end, end, 0)
 
@@ -97,7 +97,7 @@ def test_lines_that_are_no_flights_are_left_out():
     assert read_trips({**good, "end": []}, 5) == read_trips({"event": "trips"}, 5) == []
 
 
-def test_a_tally_counts_what_is_there():
+def test_a_tally_counts_its_entries():
     tally = Tally()
     tally.add({"id": [1, 2], "bytes_up": [10, 20], "bytes_down": [5, 5], "staleness": [0, 3]})
     tally.add({"id": [1, "x"], "bytes_up": [10, 20], "staleness": [1]})
@@ -123,7 +123,7 @@ def flew(data, tmp_path, pace, fleet=STRAGGLER, count=12, recipe=None, **words):
     return train("softmax", data, plan, rounds=count, out=tmp_path, fleet=fleet, numerics="fused", **words)
 
 
-def test_everybody_waits_for_the_straggler_or_nobody_does(data, tmp_path):
+def test_a_straggler_delays_all_clients_or_none(data, tmp_path):
     parts = {}
     for pace in (Sync(), Bounded(5)):
         record = RunData.read(flew(data, tmp_path, pace, count=20, report=False).path)
@@ -146,7 +146,7 @@ def test_columns_of_the_event_trips(data, tmp_path):
     assert flights.number.tolist() == [trip.number for report in run.reports for trip in report.trips]
 
 
-def test_a_run_with_a_clock_says_so_everywhere(data, tmp_path):
+def test_a_run_with_a_clock_shows_its_times(data, tmp_path):
     run = flew(data, tmp_path, Buffered(2))
     text = (run.path / "report.html").read_text(encoding="utf-8")
     for said in ("virtual time", "simulated clock", "Staleness", "bytes up", "Timeline of 4 clients", "waits"):
@@ -168,7 +168,7 @@ def _flying(folder, closed):
             yield from ((b, event["round"]) for b in event["birth"] if b <= closed)
 
 
-def test_what_did_not_count_is_marked(data, tmp_path):
+def test_late_and_lost_contributions_are_marked(data, tmp_path):
     fleet = "Fleet(Each((1, 1, 1, 5)), dropout=0.3)"
     run = flew(data, tmp_path, Sync(deadline_s=2), fleet, recipe=replace(recipes.fedavg(lr=0.1), max_failed=1.0))
     record = RunData.read(run.path)
@@ -205,7 +205,7 @@ def test_many_clients_are_places(tmp_path):
         (Buffered(1), STRAGGLER, {"clock", "flying", "staleness"}),
     ],
 )
-def test_columns_stand_where_they_say_something(data, pace, fleet, more):
+def test_the_table_has_only_columns_with_information(data, pace, fleet, more):
     plan = replace(recipes.fedavg(lr=0.1, cohort=2), pace=pace)
     training = rounds("softmax", data, plan, rounds=2, fleet=fleet, numerics="lanes")
     shown = {c.key for c in columns(training)}

@@ -35,7 +35,7 @@ from atoll.training.train import train
 RECIPE = "fedavg(lr=0.5, batch=10, cohort=3)"
 
 
-def told(out, **more):
+def quick_experiment(out, **more):
     return Experiment().override(
         **{"data": "wine", "clients": 6, "recipe": RECIPE, "rounds": 4, "out": str(out), **more}
     )
@@ -43,7 +43,7 @@ def told(out, **more):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return told(tmp_path_factory.mktemp("runs")).train(report=False).path
+    return quick_experiment(tmp_path_factory.mktemp("runs")).train(report=False).path
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def clients_of(folder):
 # replay
 
 
-def test_replay_is_what_happened(run):
+def test_replay_equals_the_run(run):
     rows = read_rows(run / "metrics.jsonl")
     for t, event in enumerate(clients_of(run)):
         shares = []
@@ -78,7 +78,7 @@ def test_replay_is_what_happened(run):
     assert f"client {client}" in found.text()
 
 
-def test_who_was_not_there_is_told_when_it_was(run):
+def test_an_absent_client_is_named_with_its_rounds(run):
     was = [event["id"] for event in clients_of(run)]
     client = next(i for i in range(6) if i not in was[1] and any(i in ids for ids in was))
     rounds_of = [t for t, ids in enumerate(was) if client in ids]
@@ -148,11 +148,11 @@ def test_the_failed_round_is_replayed_from_its_checkpoint(tmp_path):
 # compare
 
 
-def test_compare_says_where_runs_part(run, copy, tmp_path):
+def test_compare_names_the_first_different_round(run, copy, tmp_path):
     same = compare.compare_pair(run, copy)
     assert (same.settings, same.through, same.parted, same.tensors) == ((), 3, False, ())
     assert same.verdict == "identical in all 4 shared rounds; the final models are bit-identical"
-    other = told(tmp_path, recipe=None, rounds=5).override(recipe=RECIPE.replace("0.5", "0.4"))
+    other = quick_experiment(tmp_path, recipe=None, rounds=5).override(recipe=RECIPE.replace("0.5", "0.4"))
     found = compare.compare_pair(run, other.train(report=False).path)
     assert found.verdict.startswith("different from round 0 on, first differs in fc1.weight (by up to ")
     assert {"recipe", "rounds"} <= {line.name for line in found.settings}
@@ -216,8 +216,10 @@ def costing(folder, accuracy, each, clock=None):
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("")
     (folder / "environment.json").write_text('{"held_out": "", "held_out_clients": ""}')
-    told = {"bytes_up": each, "bytes_down": each, "seconds": 2.0}
-    rows = [{"round": t, "fingerprint": f"{t}{each}", "accuracy": v, **told} for t, v in enumerate(accuracy)]
+    quick_experiment = {"bytes_up": each, "bytes_down": each, "seconds": 2.0}
+    rows = [
+        {"round": t, "fingerprint": f"{t}{each}", "accuracy": v, **quick_experiment} for t, v in enumerate(accuracy)
+    ]
     for t, row in enumerate(rows):
         row |= {} if clock is None else {"clock": clock * (t + 1)}
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -314,7 +316,7 @@ def test_packed_rows_may_be_zero_tiny_or_whole_numbers():
         export.pack({"a": torch.tensor([float("nan")])}, "bf16")
 
 
-def test_what_cannot_be_exported(copy, tmp_path):
+def test_models_without_an_export(copy, tmp_path):
     with pytest.raises(UsageError, match="int8"):
         export.export(copy, "int4")
     with pytest.raises(UsageError, match="plain safetensors"):
@@ -365,7 +367,7 @@ def test_range_test_on_a_quadratic():
 def test_the_line_makes_the_plan(tmp_path, monkeypatch, recipe, which, line):
     monkeypatch.setattr(lr, "rates", lambda plan, which: (0.01, 0.1))
     monkeypatch.setattr(lr, "STEPS", 1)
-    experiment = told(tmp_path, recipe=recipe)
+    experiment = quick_experiment(tmp_path, recipe=recipe)
     found = lr.find_rate(experiment, which, tmp_path)
     assert found.line == line.format(found.suggestion)
     flag, value = found.line.split(" ", 1)
