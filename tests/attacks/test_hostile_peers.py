@@ -15,6 +15,7 @@ from hashlib import sha256
 import pytest
 from cryptography import x509
 from network import eventually
+from quick_cases import only
 
 from atoll.net import coordinator as co
 from atoll.net import identity, wire
@@ -139,7 +140,9 @@ GUARDED = ("/v1/link", f"/v1/blobs/{'0' * 64}", OWN, "/v1/renew")
 PUBLIC = {("GET", "/healthz"): 200, ("HEAD", "/healthz"): 200, ("GET", "/v1/ca"): 200, ("HEAD", "/v1/ca"): 200}
 
 
-@pytest.mark.parametrize("credential", ["none", "revoked", "expired", "other authority", "other client"])
+@pytest.mark.parametrize(
+    "credential", only(["none", "revoked"], ["none", "revoked", "expired", "other authority", "other client"])
+)
 def test_every_route_and_verb_refuses_a_peer_without_rights(peer, credential):
     past = datetime.now(UTC) - timedelta(days=400)
     made = {

@@ -102,6 +102,7 @@ POINTS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_client_is_at_work_at_the_kill(undisturbed):
     """The third plan has flights of older model versions, dropouts and compressed downlinks at the kills."""
     _, (_, rows, found) = undisturbed("flying")
