@@ -163,10 +163,10 @@ class TriggeredRows:
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self.rows.take(index)
-        flat, bad = x.reshape(-1, *x.shape[index.dim() :]), self.poisoned[index]
-        stamped = with_trigger(flat, self.size, self.value).reshape(x.shape)
-        chosen = bad.reshape(*bad.shape, *[1] * (x.dim() - bad.dim()))
-        return torch.where(chosen, stamped, x), torch.where(bad, self.target, y)
+        bad = self.poisoned[index]
+        out = x.clone()
+        out[bad] = with_trigger(x[bad], self.size, self.value)
+        return out, torch.where(bad, self.target, y)
 
     def targets(self) -> Tensor:
         return torch.where(self.poisoned, self.target, self.rows.targets())
