@@ -35,6 +35,7 @@ from atoll.plan.local import (
 from atoll.plan.optimizer.rules import adam, adamw, sgd
 from atoll.plan.pace import Buffered, Sync
 from atoll.plan.plan import Plan
+from atoll.plan.protocols import Broadcast, StepFacts
 from atoll.plan.registry import read_part
 from atoll.plan.sampler import Weighted
 from atoll.plan.schedule import cosine
@@ -409,6 +410,20 @@ def test_mimelite_refuses_momentum_of_clients_and_own_parts():
             Plan(replace(recipes.mimelite(0.1).local, **words), Mean())
     with pytest.raises(UsageError, match="beta"):
         MimeLite(1.0)
+
+
+@pytest.mark.parametrize(
+    ("correction", "fact"),
+    [(Fair(1.0), "loss"), (MimeLite(0.9), "gradient"), (Normalised(), "weights"), (Scaffold(), "weights")],
+    ids=repr,
+)
+def test_a_fact_that_a_local_part_leaves_out_is_refused(correction, fact):
+    task, ones = task_of(seeded(nn.Linear, 5, 3), classification((9, 9)), "loop"), torch.ones(2)
+    broadcast = Broadcast(0, task.initial(), {"correction": correction.server(task.layout)})
+    memory = {name: tensor.expand(2, -1) for name, tensor in correction.memory(task.layout).items()}
+    facts = StepFacts(0.1, 0.0, ones.long(), ones.long(), None, lambda classes: torch.ones(2, classes).long())
+    with pytest.raises(UsageError, match=f"without facts.{fact}"):
+        correction.finish(broadcast, memory, torch.ones(2, task.layout.d), facts)
 
 
 def test_every_correction_is_in_the_grammar_and_is_one_call():

@@ -39,11 +39,14 @@ from atoll.plan.plan import Plan
 from atoll.testing import check_engine
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
+os.environ.update(
+    RAY_worker_niceness="0"
+)  # Ray's default is 15: beside other programs, actors would start after minutes
 ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")
 
 SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
 STORE = 100 << 20
-# Ray needs seconds to start an actor, at low priority. On a slow machine its head node may start too late.
+# Ray needs seconds to start an actor. On a slow machine its head node may start too late.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 

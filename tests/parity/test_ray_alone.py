@@ -30,6 +30,7 @@ from atoll.engine.workers.ray import RayEngine, from_buffers, to_buffers
 from atoll.training.experiment import Experiment
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
+os.environ.update(RAY_worker_niceness="0")  # as in test_ray.py
 ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")
 
 pytestmark = pytest.mark.timeout(400)

@@ -118,7 +118,7 @@ def check_correction(part: Any) -> None:
             "the backends add it to the parameters of each client.",
         )
     update = torch.zeros(len(ids), task.layout.d, dtype=task.layout.dtype)
-    facts = facts._replace(weights=steps.double())
+    facts = facts._replace(weights=steps.double(), loss=torch.ones(len(ids)), gradient=torch.ones_like(update))
     found = pure(f"{part!r}.finish", part.finish, broadcast, memory, update, facts)
     require(isinstance(found, Finished), f"{part!r}.finish gave {found!r}.", "a Finished.", "its fields are joined.")
     check_local(local)

@@ -143,7 +143,7 @@ class Scaffold(CorrectionBase):
         return Pull(shift=torch.sub(broadcast.shared["correction"]["control"], own, out=empty(own, own.shape)))
 
     def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
-        reach = facts.lr * _column(facts, update)
+        reach = facts.lr * _column(self, facts, update)
         if not facts.lr:  # a schedule that has ended: no step was made, and no gradient is known
             means = {"reach": reach} if self.sends == "update" else {"control": torch.zeros_like(update)}
             return Finished(means, memory=dict(memory))
@@ -263,7 +263,7 @@ class Normalised(CorrectionBase):
         return Pull()
 
     def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
-        weights = _column(facts, update)
+        weights = _column(self, facts, update)
         normalised = torch.div(update, weights, out=empty(update, update.shape))
         return Finished({"update": normalised, "reach": weights}, memory=memory)
 
@@ -468,8 +468,7 @@ class Fair(CorrectionBase):
         return Pull()
 
     def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
-        loss = torch.ones_like(update[:, :1]) if facts.loss is None else facts.loss.to(update)[:, None]
-        loss = loss.clamp(min=_LEAST_LOSS)
+        loss = _given(self, "loss", facts.loss).to(update)[:, None].clamp(min=_LEAST_LOSS)
         squares = torch.linalg.vector_norm(update, dim=1, keepdim=True).square()
         bend = self.q * loss ** (self.q - 1) * squares / facts.lr if facts.lr and self.q else torch.zeros_like(squares)
         weight = loss**self.q
@@ -525,7 +524,7 @@ class MimeLite(CorrectionBase):
         return Pull(shift=broadcast.shared["correction"]["momentum"] * self.beta if self.beta else None)
 
     def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
-        gradient = torch.zeros_like(update) if facts.gradient is None else facts.gradient
+        gradient = _given(self, "gradient", facts.gradient)
         return Finished({"gradient": torch.add(gradient, broadcast.model.theta, alpha=facts.decay)}, memory=memory)
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
@@ -655,10 +654,21 @@ class Chained(CorrectionBase):
 CORRECTIONS = (Proximal, Scaffold, Dynamic, Normalised, Extrapolated, Calibrated, Ditto, Fair, MimeLite)
 
 
-def _column(facts: StepFacts, update: Tensor) -> Tensor:
+def _column(part: Correction, facts: StepFacts, update: Tensor) -> Tensor:
     """|a| of each client, `[K, 1]`, in the dtype of the update."""
-    weights = facts.steps if facts.weights is None else facts.weights
-    return weights.to(update)[:, None]
+    return _given(part, "weights", facts.weights).to(update)[:, None]
+
+
+def _given(part: Correction, name: str, fact: Tensor | None) -> Tensor:
+    """A fact that the part needs. A local part that leaves it out would train another algorithm without an error."""
+    if fact is None:
+        raise UsageError(
+            f"{part!r}.finish without facts.{name}.",
+            f"StepFacts(..., {name}=…) from the local part.",
+            f"{part!r} states `needs_{name}`, and Train gives it.",
+            Line(python=f"Train(sgd(0.1), steps=10, batch=10, correction={part!r})"),
+        )
+    return fact
 
 
 def _check_word(part: Any, name: str, words: tuple[str, ...], line: str) -> None:
