@@ -19,7 +19,7 @@ from atoll.net.tensors import tensor_bytes
 from atoll.net.terms import RefusedError, layout_hash, plan_text
 from atoll.net.wire import SumTerms, chain_link, digest, work_id
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import Clip
+from atoll.plan.codec import Clip, Noise
 from atoll.plan.protocols import Broadcast
 from atoll.plan.state import pack_broadcast
 from atoll.recipes import fedavg
@@ -184,6 +184,23 @@ def test_a_contribution_to_a_secure_sum_is_never_sent_in_the_clear(tmp_path, row
     with pytest.raises(RefusedError) as found:
         it.compute(masked, model, None)
     assert found.value.code == "policy-rounds"
+
+
+def test_a_site_draws_its_noise_from_its_own_secret_and_only_once_for_a_work(tmp_path, rows):
+    """A site that starts again sends the same message: another one with other noise would be another release."""
+    fair, codec = Mean(weights="equal", over="expected"), Clip(1.0) >> Noise(1.0, by="client")
+    plan = replace(fedavg(0.1), codec=codec, aggregator=fair)
+    it, model = entered(tmp_path, rows)
+    first = it.compute(asked(it, plan, model), model, None)
+    again = rows(tmp_path / "north.csv")
+    again.enter(0, "run", terms(tmp_path, clients=6, held_out=0.2), None)
+    assert again.compute(asked(again, plan, model), model, None).body == first.body
+    other = again.compute(asked(again, plan, model, repeat=1), model, None)
+    again.chain.settle((first.work,))
+    again.chain.drop(other.work)
+    assert other.body != first.body and again.compute(asked(again, plan, model, repeat=1), model, None) != other
+    plain = it.compute(asked(it, fedavg(0.1), model), model, None)
+    assert plain.memory == {} and len(list((tmp_path / "home" / "prepared").iterdir())) == 1
 
 
 def test_a_server_that_repeats_the_number_of_a_round_gets_no_further_contribution(tmp_path, rows):

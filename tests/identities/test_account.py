@@ -41,6 +41,21 @@ def test_each_row_of_the_table_of_samplers(cohort, clients, rounds, relation, re
     assert sum(c.rounds for c in charges) == releases.count and composed(charges, 1e-5) == found.epsilon
 
 
+@pytest.mark.parametrize(("cohort", "clients", "count"), [
+    (Poisson(0.1), 1000, 5), (Everyone(), 40, 5), (Uniform(10), 1000, 5), (RoundRobin(10), 40, 2),
+    (RoundRobin(10), 45, 2),
+])  # fmt: skip
+def test_noise_of_the_clients_costs_each_message_without_amplification(cohort, clients, count):
+    """Any two inputs of a client are neighbours: the sensitivity is 2, and the server knows the cohort."""
+    local = plan(cohort, codec=Clip(1.0) >> Noise(4.0, by="client"))
+    found = privacy.account(local, clients=clients, rounds=5, delta=1e-5)
+    assert (found.relation, found.releases) == ("replace one", Releases(2.0, count))
+    charges = [charge_of(local, clients, t, False) for t in range(5)]
+    assert sum(c.rounds for c in charges) == count and composed(charges, 1e-5) == found.epsilon
+    z = privacy.noise_for(local, clients=clients, rounds=5, delta=1e-5, epsilon=found.epsilon)
+    assert z == pytest.approx(4.0, abs=2e-3)
+
+
 def test_round_robin_takes_a_client_as_often_as_it_is_charged():
     import torch
 

@@ -17,7 +17,7 @@ from atoll.base.random import Key
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Combine, Mean, Sum
 from atoll.plan.codec import EF21, AdaptiveClip, Clip, ErrorFeedback, Identity, Noise, Quantize, RandomK, Rotate, TopK
-from atoll.plan.codec.stage import flat_layout
+from atoll.plan.codec.stage import Chain, flat_layout
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Buffered, Sync
@@ -71,7 +71,9 @@ def test_a_zero_stays_zero_and_a_small_update_is_not_changed():
     assert y[0].tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("stage", [Clip(0.5), AdaptiveClip(0.3, count=2.0), Clip(1.0) >> Noise(2.0)])
+@pytest.mark.parametrize("stage", [
+    Clip(0.5), AdaptiveClip(0.3, count=2.0), Clip(1.0) >> Noise(2.0), Clip(1.0) >> Noise(2.0, by="client"),
+])  # fmt: skip
 def test_stages_keep_the_contract_and_their_texts_are_read_back(stage):
     check_stage(stage)
     assert read_part(repr(stage)) == stage
@@ -109,6 +111,44 @@ def test_two_stages_of_a_chain_and_two_rounds_share_no_noise():
     with entropy_source(known_entropy(1)):
         first, again = (run(private, engine, 2)[0].model.theta for _ in range(2))
     assert first.equal(again) and not run(private, engine, 2)[0].model.theta.equal(first)
+
+
+def test_each_client_adds_noise_of_its_own_to_its_message():
+    """y + N(0, (z · bound)²) for each client and round, after `RandomK` of the larger bound, and none at the server."""
+    d, x = 1 << 16, torch.ones(2, 1 << 16)
+    for middle, deviation in (((), 0.7), ((RandomK(0.25),), 4 * 0.7)):
+        chain = Chain((Clip(1.0), *middle, Noise(0.7, by="client"))).bind(flat_layout(d))
+        key = replace(Key(0), secret=known_entropy().secret).of(torch.tensor([4, 9]))
+        clean, *_ = Chain((Clip(1.0), *middle, Identity())).bind(flat_layout(d)).encode(x, {}, {}, key)
+        noisy, *_ = chain.encode(x, {}, {}, key)
+        found = (noisy - clean).double() / (deviation * (1 + 2**-10))
+        for power, moment, spread in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
+            for row in found:
+                assert abs(float((row**power).mean()) - moment) < 6 * math.sqrt(spread / found.shape[1])
+        assert abs(float((found[0] * found[1]).mean())) < 6 / math.sqrt(found.shape[1])
+        assert chain.encode(x, {}, {}, replace(key, secret=bytes(32)))[0].ne(noisy).any()
+        zero = _total(torch.zeros(d).double())
+        assert not chain.server_update(zero, {}, round_info(), Key(0))[0].means["update"].any()
+        with pytest.raises(UsageError, match="has none"):
+            chain.encode(x, {}, {}, Key(0))
+
+
+def test_noise_of_clients_has_the_deviation_of_its_sum():
+    """Seven clients of zero gradient: the model moves by the noise of seven clients, divided by seven."""
+    engine = InProcessEngine(problem(), clients())
+    moved = []
+    for seed in range(10):
+        still = plan(
+            Clip(3.0) >> Noise(2.0, by="client"),
+            Everyone(),
+            optimizer=sgd(1.0),
+            local=Train(sgd(1e-30), epochs=1, batch=4),
+        )
+        with entropy_source(known_entropy(seed)):
+            state, (report,) = run(still, engine, 1)
+        moved.append(state.model.theta - engine.task.start.theta)
+    found = torch.cat(moved).double() / (3.0 * 2.0 / math.sqrt(7))
+    assert report.arrived == 7 and abs(float((found**2).mean()) - 1) < 6 * math.sqrt(2 / found.numel())
 
 
 def test_the_released_numbers_are_on_the_grid():
@@ -225,7 +265,7 @@ def test_the_sum_is_scaled_by_the_clip_of_its_own_round():
 def test_the_count_has_noise_only_before_a_noise_stage():
     alone, chain = AdaptiveClip(), (AdaptiveClip() >> Noise(1.0)).bind(flat_layout(2))
     assert chain.stages[0].binding.noised and not alone.bind(flat_layout(2)).binding.noised
-    assert alone.event(200.0) == (20.0, False) and chain.event(200.0).update
+    assert alone.event(200.0) == (20.0, False, False) and chain.event(200.0).update
     assert chain.event(200.0).noise == pytest.approx((1 + 1 / 400) ** -0.5)
     assert not plan(AdaptiveClip()).releases and plan(chain).releases
 
@@ -259,6 +299,13 @@ REFUSED = [
     (lambda: EF21(Clip(1.0) >> Noise(1.0)), "less than its input", "EF21("),
     (lambda: plan(Identity(), downlink=Clip(1.0)), "less than its input", "Identity()"),
     (lambda: plan(Identity(), downlink=Clip(1.0) >> Noise(1.0)), "a codec without noise", "Identity()"),
+    (lambda: plan(AdaptiveClip() >> Noise(1.0, by="client")), "a fixed clip", "Clip(0.1) >> Noise(1.0, by='client')"),
+    (lambda: plan(Clip(1.0) >> TopK(0.1) >> Noise(1.0, by="client")), "clip and the noise first", "Clip(1.0) >> Noise"),
+    (lambda: plan(Noise(1.0, by="client")), "without a clip", "Clip(1.0) >> Noise(1.0, by='client')"),
+    (lambda: plan(Clip(1.0) >> Noise(1.0, by="client") >> Noise(1.0)), "finite gain", "Clip(1.0) >> Noise(1.0)"),
+    (lambda: plan(Clip(1.0) >> Noise(1.0, by="client"), rule=replace(FAIR, secure=True)), "server", "Noise(1.0)"),
+    (lambda: plan(Clip(1.0) >> Noise(1.0, by="client"), rule=Mean()), 'weights="equal"', 'Mean(weights="equal"'),
+    (lambda: Noise(1.0, by="cohort"), "'server' or 'client'", "Noise(1.0)"),
     (lambda: Clip(0), "1e-30", "Clip(1.0)"), (lambda: Noise(0), "1e-06", "Noise(1.0)"),
     (lambda: AdaptiveClip(1.0), "it < 1", "AdaptiveClip("),
 ]  # fmt: skip

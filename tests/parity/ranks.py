@@ -27,7 +27,7 @@ from atoll.engine.ranks.process_group import ProcessGroup
 from atoll.engine.ranks.torchrun import TorchrunEngine
 from atoll.engine.simulation.fleet import Fleet, HalfNormal
 from atoll.plan.aggregate import Mean, Sum
-from atoll.plan.codec import EF21, Clip, ErrorFeedback, Quantize, TopK
+from atoll.plan.codec import EF21, Clip, ErrorFeedback, Noise, Quantize, TopK
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer.rules import adam, sgd, yogi
 from atoll.plan.pace import Sync
@@ -205,8 +205,10 @@ def main(folder, cases):
     torch.manual_seed(ranks.rank)  # each rank builds another model; the one of rank 0 is broadcast
     mine = train(norm(), here, recipes.fedavg(0.1), rounds=1, out=None, **words)
     noised = train("softmax", here, recipes.dp_fedavg(0.1, q=0.5), rounds=2, out=None, **words)
+    local = replace(recipes.dp_fedavg(0.1, q=0.5), codec=Clip(0.5) >> Noise(2.0, by="client"))
+    noised_by_clients = train("softmax", here, local, rounds=2, out=None, **words)
     masked_sum = train("softmax", here, SECURE, rounds=2, out=None, **words)
-    runs = {"one model": mine, "noised": noised, "secure": masked_sum}
+    runs = {"one model": mine, "noised": noised, "noised by clients": noised_by_clients, "secure": masked_sum}
     out = {name: run.reports[-1].fingerprint for name, run in runs.items()}
     out["run"] = {"path": ended.path and ended.path.name, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
     for name, module, numerics, plan, outcome_rows in cases:

@@ -31,12 +31,13 @@ from atoll.engine.workers.processes import ProcessesEngine, _Pipes
 from atoll.engine.workers.serialize import deserialize, serialize
 from atoll.engine.workers.shared_memory import SharedBlock, SharedBlocks, block_bytes
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
+from atoll.plan.codec import Clip, ErrorFeedback, Noise, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer.rules import adam, sgd, yogi  # workers import `torch.optim` for adam, and not for yogi
 from atoll.plan.pace import Bounded, Buffered, Sync, staleness_polynomial
 from atoll.plan.plan import Plan
 from atoll.plan.round import bind, open_round, step
+from atoll.plan.sampler import Poisson
 from atoll.plan.state import State
 from atoll.testing import check_engine
 
@@ -111,6 +112,12 @@ def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
     words = {recipes.diloco: {"steps": 3, "batch": 4}, recipes.fedper: own, recipes.fedrep: own}
     plan = recipe(**words.get(recipe, {}))
     same(plan, *(alone if plan.pace.asynchronous else mlp))
+
+
+@pytest.mark.usefixtures("known_secrets")
+def test_clients_on_workers_draw_the_noise_of_the_secret_of_the_round(mlp):
+    fair = Mean(weights="equal", over="expected")
+    same(Plan(Gradient(), fair, codec=Clip(1.0) >> Noise(1.0, by="client"), cohort=Poisson(0.7)), *mlp)
 
 
 @pytest.mark.parametrize("pace", one_in(2, [Buffered(3), Bounded(2), Sync(over_select=1.5)]), ids=repr)

@@ -126,8 +126,9 @@ def test_a_rank_that_dies_changes_no_bit_and_no_row(restarted, clients):
 
 
 def test_all_ranks_draw_the_noise_of_one_secret(two):
-    first, second = (rank["noised"] for rank in two)
-    assert first == second
+    for name in ("noised", "noised by clients"):
+        first, second = (rank[name] for rank in two)
+        assert first == second
 
 
 def test_ranks_give_a_secure_sum_the_bits_of_one_process(two, clients):

@@ -11,11 +11,12 @@ from atoll import recipes
 from atoll.base.errors import RunError, UsageError
 from atoll.cli.output import outcome
 from atoll.data import IID
-from atoll.plan.codec import Clip
+from atoll.plan.codec import Clip, Noise
 from atoll.runs.summary import summary
 from atoll.training.privacy import CLIENTS_ROWS, NOT_PRIVATE
 
 PLAN = recipes.dp_fedavg(lr=0.5, clip=0.5, noise=2.0, q=0.1)
+BYTES = {"bytes_up", "bytes_down"}
 WORDS = {"rounds": 40, "budget": 0.8, "delta": 1e-5, "report": False, "numerics": "lanes"}
 
 
@@ -46,6 +47,13 @@ def test_the_run_ends_when_its_budget_is_spent(digits, tmp_path):
         columns = next(set(e) for e in events if e["event"] == "clients")
         assert columns == {"event", "time", "round", "id", "bytes_up", "bytes_down"}
     assert [r.fingerprint for r in runs[0].reports] != [r.fingerprint for r in runs[1].reports]
+
+
+def test_noise_of_the_clients_is_charged_and_claimed_for_each_message(digits):
+    local = replace(PLAN, codec=Clip(0.5) >> Noise(20.0, by="client"))
+    run = atoll.train("softmax", digits, local, out=None, **WORDS)
+    assert run.reason == "budget ε = 0.8 is spent after 4 rounds" and run.privacy["relation"] == "replace one"
+    assert "each message of a client" in run.privacy["claim"] and set(run.reports[0].clients) == {"id", *BYTES}
 
 
 def test_noise_that_follows_the_seed_is_equal_and_labelled(digits, tmp_path):

@@ -11,7 +11,8 @@
 
 A prepared message and its next memory are one file, which is written and synced before the message is sent. `settle`
 replaces the memory and then deletes the file; after a crash between the two the start deletes it. A plan without client
-memory writes neither: the same work gives the same bytes.
+memory writes neither: the same work gives the same bytes. If the client adds noise, its message is written in any case:
+a second message with other noise would be another release.
 
 Tests: tests/faults/test_site.py
 """
@@ -19,6 +20,7 @@ Tests: tests/faults/test_site.py
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from atoll.base.entropy import SECRET_BYTES
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.base.files import atomic_write
 from atoll.base.random import Key, user_modes
@@ -156,9 +159,14 @@ class MemoryChain:
             return self.memory, self.link
         return {name: t[None] for name, t in first.items()}, None
 
-    def prepare(self, one: Prepared) -> None:
-        """Write a message and its next memory. They are on disk when the method returns, if the plan has memory."""
-        if not one.memory:
+    def prepare(self, one: Prepared, secret: bool = False) -> None:
+        """Write a message and its next memory. They are on disk when the method returns, if the plan has memory.
+
+        Args:
+            one: the message.
+            secret: whether it follows from a secret, so that the same work would give other bytes.
+        """
+        if not one.memory and not secret:
             self.light[one.work] = one
             for old in list(self.light)[:-_LIGHT]:
                 del self.light[old]
@@ -367,7 +375,10 @@ class Site:
         if broadcast.model.theta.shape != (layout.d,) or broadcast.model.theta.dtype != layout.dtype:
             raise RefusedError("layout", "The model version has another length.", f"{layout.d} numbers.")
         ids = Ids(torch.tensor([self.client]), torch.tensor([work.repeat]))
-        key = Key(int(work.key.seed), tuple(work.key.path))
+        event = plan.codec.event(1.0)
+        # The server learns no secret of a site: the noise protects the message from the server.
+        secret = os.urandom(SECRET_BYTES) if event is not None and event.messages else b""
+        key = Key(int(work.key.seed), tuple(work.key.path), None, secret)
         memory, after = self.chain.next_memory(first) if work.kind == "round" else ({}, None)
         data = self._rows(work)
         with threads_for(task, 1, plan):
@@ -375,7 +386,7 @@ class Site:
         rows = {n: t.cpu() for n, t in rows.items()}
         body, masked = form.to_bytes(message)[0], work.sum is not None
         one = Prepared(work.work, after if rows else None, body, rows, masked)
-        self.chain.prepare(one)
+        self.chain.prepare(one, bool(secret))
         return one
 
     def _name(self, work: Work, model: bytes, attempt: int) -> bytes:

@@ -219,10 +219,12 @@ class Release(NamedTuple):
     Args:
         noise: the standard deviation of the noise in units of the largest contribution of a client, > 0.
         update: whether the noise covers the update, and not only a sum that the stage adds.
+        messages: whether each message of a client has this noise, and not only their sum.
     """
 
     noise: float
     update: bool = True
+    messages: bool = False
 
 
 class Selection(NamedTuple):
@@ -708,7 +710,7 @@ class Stage(Protocol):
 
     @default
     def uses_entropy(self) -> bool:
-        """Whether `server_update` draws from `info.entropy`."""
+        """Whether `encode` draws from `key.entropy`, or `server_update` from `info.entropy`."""
         return False
 
     def bind(self, layout: Layout, total_weight: Tensor | int | None = None, before: Declared | None = None) -> Stage:

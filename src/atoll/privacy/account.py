@@ -6,6 +6,9 @@ deviation of the noise per unit of the largest update) and the relation of neigh
     add or remove, zero out    one client's contribution moves the sum by at most 1 clip
     replace one                by at most 2 clips
 
+With `Noise(z, by="client")` each message is a release: the data of its client are replaced, and the client takes part
+in each round in which it can.
+
 Tests: tests/identities/test_account.py
 """
 
@@ -86,8 +89,8 @@ class Account:
 def account(plan: Plan, *, clients: int, rounds: int, delta: float | None = None) -> Account:
     """The cost in privacy of the first rounds of a plan.
 
-    It covers the output of a trusted server: models and noised sums. It does not cover the log of the operator: ids,
-    times and bytes of clients.
+    It covers the output of a trusted server: models and noised sums; with `Noise(z, by="client")` also each message of
+    a client. It does not cover the log of the operator: ids, times and bytes of clients.
 
     Args:
         plan: a plan with `Noise`.
@@ -155,7 +158,7 @@ def noise_for(plan: Plan, *, clients: int, rounds: int, epsilon: float, delta: f
 def with_noise(codec: Any, z: float) -> Any:
     """A codec in which each `Noise` has the deviation z."""
     if isinstance(codec, Noise):
-        return Noise(z)
+        return dataclasses.replace(codec, z=z)
     return Chain(tuple(with_noise(stage, z) for stage in codec.stages)) if isinstance(codec, Chain) else codec
 
 
@@ -195,6 +198,11 @@ def selection_of(plan: Plan, clients: int, rounds: int) -> Selection:
             "ε follows from the noise on the sum of clipped updates, and from the chance of a client.",
             Part("Clip(1.0) >> Noise(1.0)", "codec"),
         )
+    event = plan.codec.event(selection.cohort)
+    if (
+        event is not None and event.messages
+    ):  # the server knows the clients of a round, and any two inputs are neighbours
+        return selection._replace(relation="replace one", rate=1.0, fixed_size=False)
     return selection
 
 

@@ -19,6 +19,7 @@ from atoll.testing.contract import (
     check_value,
     conformity,
     in_group,
+    known_entropy,
     lanes,
     leading,
     on_meta,
@@ -60,7 +61,7 @@ def check_stage(part: Any) -> None:
 def _check_stage(part: Any, layout: Layout) -> None:
     subject, d, part = repr(part), layout.d, part.bind(layout, 9)
     first, shared = part.memory(layout), part.server(layout)
-    key, ids = Key(7).fold("round", 0, "codec"), torch.tensor([5, 0, 11, 3])
+    key, ids = _key(), torch.tensor([5, 0, 11, 3])
     x = Key(7).fold("x").normal(_K * d, layout.dtype).reshape(_K, d) * torch.tensor([[1e-6], [1.0], [0.0], [1e6]])
     x = x.to(layout.dtype)
     memory = lanes(first, _K)
@@ -91,6 +92,11 @@ def _check_stage(part: Any, layout: Layout) -> None:
         )
     _check_decode(part, opened, payload, key, d)
     _check_settle(part, d, sums, shared)
+
+
+def _key() -> Key:
+    """The key of a codec in a round with known entropy."""
+    return Key(7, (), None, known_entropy().secret).fold("round", 0, "codec")
 
 
 def _check_decode(part: Any, opened: Tensor, payload: Tensor, key: Key, d: int) -> None:
@@ -142,7 +148,7 @@ def _updated(part: Any) -> Callable[[Total, Tensors], tuple[Total, Tensors]]:
 def _check_meta(part: Any, layout: Layout) -> None:
     subject, part = repr(part), part.bind(layout, 9)
     first, shared = _meta(part.memory(layout)), _meta(part.server(layout))
-    key = Key(7).fold("round", 0, "codec")
+    key = _key()
     x, ids = torch.empty(_K, layout.d, device="meta"), torch.empty(_K, dtype=torch.int64, device="meta")
     payload, side, _, _ = on_meta(f"{subject}.encode", part.encode, x, lanes(first, _K), shared, key.of(ids))
     decoded = on_meta(f"{subject}.decode", part.decode, payload, side)

@@ -23,8 +23,8 @@ from atoll.privacy.ledger import Budget, Ledger
 from atoll.training.settings import Settings
 
 NOT_PRIVATE = "not private: noise follows the seed"
-CLAIM = (
-    "models and noised sums of a trusted server; not covered: the log of the operator (ids, times, bytes), and "
+_CLAIM = (
+    "models and noised sums of a trusted server{}; not covered: the log of the operator (ids, times, bytes), and "
     "held-out rows, which must be the server's own"
 )
 CLIENTS_ROWS = (
@@ -83,6 +83,13 @@ def budget_of(plan: Plan, data: Clients, settings: Settings) -> Budget | None:
         )
     ledger = Ledger(None if settings.ledger is None else Path(settings.ledger))
     return Budget(plan, clients, settings.delta, settings.budget, ledger)
+
+
+def claim_of(plan: Plan, randomness: str) -> str:
+    """The outputs that ε of a plan with noise covers."""
+    event = plan.codec.event(1.0)
+    messages = event is not None and event.messages
+    return NOT_PRIVATE if randomness == "seed" else _CLAIM.format(", and each message of a client" if messages else "")
 
 
 def check_clients(budget: Budget | None, clients: int) -> None:

@@ -66,7 +66,7 @@ from atoll.training import stop as stops
 from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, join_clients, of_sites
 from atoll.training.inference import parameter_names
 from atoll.training.personal import check_tune, held_by_client, values_of_clients
-from atoll.training.privacy import CLAIM, NOT_PRIVATE, budget_of, check_clients, notes_of, refuse_leaks
+from atoll.training.privacy import budget_of, check_clients, claim_of, notes_of, refuse_leaks
 from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, known_constant_loss, reference_rows
 from atoll.training.settings import Settings, SettingsDict, listed
 
@@ -321,13 +321,12 @@ class Training:
         """ε so far, δ, the unit, the relation of neighbours and the claim; {} without noise."""
         if self.budget is None:
             return {}
-        seeded = self.settings.randomness == "seed"
         return {
             "epsilon": self.budget.epsilon,
             "delta": self.budget.delta,
             "unit": UNIT,
             "relation": self.budget.relation,
-            "claim": NOT_PRIVATE if seeded else CLAIM,
+            "claim": claim_of(self.plan, self.settings.randomness),
         }
 
     @cached_property

@@ -52,9 +52,13 @@ class BroadcastMessage(msgspec.Struct, frozen=True, tag=True):
     own: dict[str, str]
     seed: str
     path: list[int]
+    secret: bytes  # of the round; empty: it has none
     block: str
     places: list[Place]
     forget: list[int]
+
+    def __repr__(self) -> str:
+        return f"BroadcastMessage(number={self.number}, version={self.version})"
 
 
 class RunMessage(msgspec.Struct, frozen=True, tag=True):

@@ -232,7 +232,8 @@ class WorkerEngine(Engine):
         number = next(self._numbers)
         block, places = self._transport.publish(number, pack_broadcast(broadcast))
         self._broadcasts.add(number)
-        return BroadcastMessage(number, broadcast.round, text, own, str(key.seed), list(key.path), block, places, [])
+        seed, path = str(key.seed), list(key.path)
+        return BroadcastMessage(number, broadcast.round, text, own, seed, path, key.secret, block, places, [])
 
 
 class _AsynchronousRound:

@@ -119,7 +119,7 @@ class Worker:
             plan = self._plan(message.plan, tuple(message.own.items()))
             task = task_for(plan, self._engine.task)
             task = self._tasks.setdefault(task.numerics, task)
-            key = Key(int(message.seed), tuple(message.path))
+            key = Key(int(message.seed), tuple(message.path), None, message.secret)
             self._group = _Group(
                 run.group,
                 ChunkRunner(

@@ -1,7 +1,8 @@
 """Differential privacy as stages of a codec: bound the update of each client, and add noise to the sum of a round.
 
     yᵢ = xᵢ / max(|xᵢ|, C)                      at the client: |yᵢ| ≤ 1
-    Σ yᵢ ← ⌊Σ yᵢ⌉ + N(0, z²)                    at the server: on a grid, with discrete Gaussian noise
+    yᵢ ← ⌊yᵢ⌉ + N(0, z²)                        at the client, with Noise(z, by="client")
+    Σ yᵢ ← ⌊Σ yᵢ⌉ + N(0, z²)                    at the server, with Noise(z): on a grid, with discrete Gaussian noise
     Σ xᵢ ← C · Σ yᵢ
 
 After the clip all numbers are in units of the clip. A chain runs its server half backwards, so the noise is added
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -180,9 +181,10 @@ class AdaptiveClip(_Bounded):
 
 @dataclass(frozen=True, repr=False)
 class Noise(Codec):
-    """Adds normal noise to the sum of the updates of a round, in proportion to the bound of the preceding stages.
+    """Adds normal noise in proportion to the bound of the preceding stages: to the sum of a round, or to each update.
 
-    Σ y ← ⌊Σ y⌉ + bound · N(0, z²),   |yᵢ| ≤ bound
+    Σ y ← ⌊Σ y⌉ + bound · N(0, z²),   |yᵢ| ≤ bound     by="server"
+    yᵢ ← ⌊yᵢ⌉ + bound · N(0, z²)                       by="client"
 
     The sum is rounded to a grid of 2^-k with 2^-k √d ≤ 2⁻¹² bound, and the noise is a discrete Gaussian on this grid
     whose deviation is larger by the factor 1 + 2⁻¹⁰. This factor pays for all rounding. A discrete Gaussian of
@@ -191,35 +193,47 @@ class Noise(Codec):
 
     A round without contributions releases noise, too.
 
+    With `by="client"` each client rounds its own update and adds its own noise, so that its message is private for the
+    server, too. The accountant then counts a message as a release of sensitivity 2, and no chance of a client helps.
+
     Args:
         z: the standard deviation of the noise in units of the largest update, from 1e-6 to 1e6.
+        by: `"server"`: the noise of a round is added to the sum; `"client"`: each client adds noise to its update.
     Raises:
-        UsageError: z is out of range; in `bind`: the update has no bound.
+        UsageError: an argument is out of range; in `bind`: the update has no bound.
     Example:
-        >>> Clip(0.5) >> Noise(2.0)
-        Clip(0.5) >> Noise(2.0)
+        >>> Clip(0.5) >> Noise(2.0), Clip(0.5) >> Noise(2.0, by="client")
+        (Clip(0.5) >> Noise(2.0), Clip(0.5) >> Noise(2.0, by='client'))
 
     Reference: Abadi et al., Deep Learning with Differential Privacy, 2016; Canonne, Kamath and Steinke, The Discrete
         Gaussian for Differential Privacy, 2020; Peikert, An Efficient and Parallel Gaussian Sampler for Lattices, 2010.
     """
 
     z: float = bounded_number(least=1e-6, most=1e6, example=1.0, why="it is the deviation of the noise per bound.")
+    by: Literal["server", "client"] = "server"
     uses_entropy = True
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.by not in ("server", "client"):
+            why = "the server adds noise to the sum, or each client to its update."
+            raise UsageError(f"Noise: by = {self.by!r}.", "'server' or 'client'.", why, f"Noise({self.z})")
 
     def encode(self, x: Tensor, memory: Tensors, shared: Tensors, key: Key) -> Encoded:
-        return x, {}, {}, memory
+        if self.by == "server" or x.is_meta:
+            return x, {}, {}, memory
+        bound, key = float(self.before.bound or math.inf), key.entropy.fold("noise")
+        noisy = [_released(row, self.z, bound, key.only(k)) for k, row in enumerate(x)]
+        return torch.stack(noisy).to(x.dtype), {}, {}, memory
 
     def gain(self, layout: Layout) -> float:
-        return 1.0
+        return 1.0 if self.by == "server" else math.inf
 
     def declare(self, layout: Layout) -> Mapping[str, Declared]:
-        return self.bounded(layout)
+        return self.bounded(layout) if self.by == "server" else {"update": Declared(layout.d, layout.dtype, "mean")}
 
     def event(self, cohort: float) -> Release | None:
-        return Release(self.z, update=True)
+        return Release(self.z, update=True, messages=self.by == "client")
 
     def contraction(self) -> Codec:
         return Identity()
@@ -236,6 +250,8 @@ class Noise(Codec):
         return bound
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
+        if self.by == "client":
+            return total, server
         update = total.means["update"]
         bound = float(self.before.bound or math.inf)
         noisy = _released(update, self.z, bound, info.entropy.fold("noise"))
@@ -256,6 +272,9 @@ def _codec_conflicts(noise: Noise, codec: Stage) -> Iterator[Conflict]:
     if not clips:
         yield Conflict(*_unbounded(noise))
         return
+    if noise.by == "client":
+        yield from _message_conflicts(noise, codec, before)
+        after = []  # a computation with the noised message
     between = before[before.index(clips[-1]) + 1 :]
     for stage in before[: before.index(clips[-1])]:
         if (stage.per_message or stage.per_sum) and not math.isfinite(stage.gain(flat_layout(64))):
@@ -280,6 +299,17 @@ def _codec_conflicts(noise: Noise, codec: Stage) -> Iterator[Conflict]:
             yield Conflict(f"{stage!r} with {noise!r}.", "noise on each sum that a stage adds.", why, write)
 
 
+def _message_conflicts(noise: Noise, codec: Stage, before: list[Stage]) -> Iterator[Conflict]:
+    """Refuse numbers that would leave a client without the noise of its update."""
+    for stage in before:
+        if isinstance(stage, AdaptiveClip):
+            why = "the count of unclipped updates would leave a client without noise."
+            yield Conflict(f"{stage!r} with {noise!r}.", "a fixed clip.", why, f"Clip({stage.start}) >> {noise!r}")
+        if stage.form(flat_layout(64)).side:
+            why = f"{type(stage).__name__} sends numbers next to the update, which have no noise."
+            yield Conflict(f"{codec!r}.", "a clip and the noise first.", why, f"Clip(1.0) >> {noise!r}")
+
+
 def _rule_conflicts(noise: Noise, slots: Slots) -> Iterator[Conflict]:
     rule, sampler = slots.aggregator, slots.sampler
     given = f"{noise!r} with {rule!r}."
@@ -293,7 +323,10 @@ def _rule_conflicts(noise: Noise, slots: Slots) -> Iterator[Conflict]:
     elif rule.sum != "exact":
         yield Conflict(given, 'sum="exact".', "the rounding of a float sum has no bound that the noise covers.", _ROWS)
     others = [stage for stage in leaves(slots.codec) if not isinstance(stage, (Clip, AdaptiveClip, Noise))]
-    if rule.secure is not None and others:
+    if rule.secure is not None and noise.by == "client":
+        why = "a secure sum needs a bound on each update, and normal noise has none."
+        yield Conflict(given, 'by="server".', why, repr(Noise(noise.z)))
+    elif rule.secure is not None and others:
         why = f"no bound is known for the rounding of the sum after {type(others[0]).__name__}."
         yield Conflict(given, "a clip and noise as the codec.", why, "Clip(1.0) >> Noise(1.0)")
     if slots.pace.asynchronous or slots.pace.replaces_arrivals or slots.pace.cohort_size(1000) != 1000:

@@ -338,7 +338,8 @@ class Chain(Codec):
         events = [event for stage in self.stages if (event := stage.event(cohort)) is not None]
         if not events:
             return None
-        return Release(sum(e.noise**-2 for e in events) ** -0.5, any(e.update for e in events))
+        noise = sum(e.noise**-2 for e in events) ** -0.5
+        return Release(noise, any(e.update for e in events), any(e.messages for e in events))
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
         for stage in self.stages:
