@@ -10,6 +10,7 @@ import torch
 import atoll
 from atoll.base.errors import UsageError
 from atoll.data import csv, frame, load
+from atoll.data.tabular import table
 
 FLATS = """area,city,floor,site,price
 60,Oslo,1,north,3.5
@@ -206,3 +207,37 @@ def test_the_text_none_is_a_level_and_changes_no_bit_of_a_training(tmp_path):
         training = atoll.rounds("logistic", data, atoll.recipes.gd(0.5), rounds=10, dtype="float64")
         losses.append(list(training)[-1].metrics["held_out_loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-12)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_codes_keep_all_their_digits(tmp_path, monkeypatch, plain):
+    """Clients and classes such as 007 and numbers beyond 2^53 are not merged, by both readers and in frames."""
+    monkeypatch.setattr("atoll.data.files._Csv._plain", lambda self: plain)
+    path, big = tmp_path / "t.csv", 2**53
+    ids, classes = ["007", "7", str(big), str(big + 1)], ["01", "1.0", "02", str(big + 1)]
+    path.write_text("u,by,y\n" + "\n".join(f"{i},{ids[i % 4]},{classes[i % 4]}" for i in range(40)))
+    source = csv(path, target="y", by="by")
+    assert source.names == ("007", "7", str(big), str(big + 1)) and source.classes == ("01", "02", "1", str(big + 1))
+    run = atoll.train("softmax", source.split(), atoll.recipes.fedavg(0.1), rounds=1, out=None, metrics="accuracy")
+    assert set(run.predictor.evaluate({"u": [1]}, ["02"], ["007"]).clients) == {"007"}
+    whole = pandas.DataFrame(
+        {"u": range(40), "by": [big + i % 2 for i in range(40)], "y": [big + i % 3 for i in range(40)]}
+    )
+    found = frame(whole, target="y", by="by")
+    assert (len(found.names), len(found.classes)) == (2, 3)
+    assert len(table("t", {"u": [1.0, 2, 3, 4], "y": [big, big + 1, big, big]}, target="y").classes) == 2
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_typographic_minus_is_a_minus_and_an_underscore_is_no_digit(tmp_path, monkeypatch, plain):
+    monkeypatch.setattr("atoll.data.files._Csv._plain", lambda self: plain)
+    path = tmp_path / "t.csv"
+    path.write_text("u;v;w;y\n" + "\n".join(f"−{i};−{i},5;{i % 3}_0;{i % 2}" for i in range(40)))
+    source = csv(path, target="y")
+    x, _ = source.rows.take(torch.tensor([3]))
+    assert source.columns == ("u", "v", "w=0_0", "w=1_0", "w=2_0") and x.tolist() == [[-3.0, -3.5, 1.0, 0.0, 0.0]]
+
+
+def test_a_target_of_one_class_has_a_note():
+    found = table("t", {"u": [1.0, 2.0], "y": ["x", "x"]}, target="y")
+    assert "All rows have the class 'x' in column 'y': every answer is right." in found.notes

@@ -7,6 +7,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from fake_engine import Fake, FakeEngine
 
 import atoll
 from atoll import Metric
@@ -39,6 +40,11 @@ FILES = {
     "thousands": "u,v,y\n" + "\n".join(f'{i},"{i % 3 + 1},{i + 100}",{"ab"[i % 2]}' for i in range(40)),
     "certain": "u;v;y\n" + rows(lambda i: i, lambda i: f"1,{i + 100}.5" if i else 7, lambda i: "ab"[i % 2]),
     "gap": "u;v;y\n" + rows(lambda i: i, lambda i: "" if i == 7 else "ns"[i % 2], lambda i: "ab"[i % 2]),
+    "quoted": "u,v,y\n" + "\n".join(f'{i},"{(i, f"{i}.5", f"{i},5")[i % 3]}",{"ab"[i % 2]}' for i in range(40)),
+    "points": "u;v;y\n" + rows(lambda i: i, lambda i: f"{i}.5", lambda i: "ab"[i % 2]),
+    "commas": "u;v;y\n" + rows(lambda i: i, lambda i: f"{i},5", lambda i: "ab"[i % 2]),
+    "whole": "u;v;w;y\n"
+    + rows(lambda i: i, lambda i: f"{i},5", lambda i: f"{i % 4 + 1}.{i + 100}", lambda i: "ab"[i % 2]),
     "names": "u;v;y\n" + rows(lambda i: i, lambda i: f"p{i}", lambda i: "ab"[i % 2]),
 }
 TABLES = [
@@ -55,6 +61,10 @@ TABLES = [
     ("almost", {}, "numbers, except for 1 of 40 cells: '?-' at row 7"),
     ("thousands", {}, "a comma before three digits: '1,100' at row 0. If it separates thousands"),
     ("certain", {}, "'1,101.5' at row 1. If it separates thousands, remove it"),
+    ("quoted", {}, "mixes decimal marks: '2,5' at row 2, '1.5' at row 1"),
+    ("points", {"decimal": ","}, "contains '0.5' at row 0, and decimal=','"),
+    ("commas", {"decimal": "."}, "contains '0,5' at row 0, and decimal='.'"),
+    ("whole", {}, "a point before three digits, '1.100' at row 0, and other columns have decimal commas"),
     ("gap", {"by": "v"}, "column 'v' has no value at row 7"),
     ("names", {"by": "v"}, "40 different values in 40 rows"),
 ]
@@ -77,7 +87,8 @@ def test_tables(tmp_path, name, options, text):
     path = tmp_path / "t.csv"
     path.write_text(FILES[name])
     found = mended(lambda **words: csv(path, **words), {"target": "y", **options}, text)
-    assert (found is not None) == (name not in ("plain", "names", "gap") or "price" in str(options))
+    lineless = name in ("plain", "names", "gap") and not ("classes" in options or "price" in str(options))
+    assert (found is None) == lineless
     assert found is None or (len(found) == 40 and len(found.columns) >= 1)
 
 
@@ -149,13 +160,21 @@ def test_a_metric_over_too_many_rows_is_refused(monkeypatch):
     assert mended(train, {"metrics": [whole]}, "more than 10 outputs and targets, for m").status == "done"
 
 
+def test_a_metric_over_all_rows_is_refused_if_the_rows_are_on_other_hosts(monkeypatch):
+    monkeypatch.setattr(FakeEngine, "judges", True, raising=False)
+    options = {"metrics": [Metric.whole("m", lambda o, y: 1.0)], "engine": Fake()}
+    data = arrays(X, Y).split(4, held_out=0)
+    assert mended(lambda **words: train(data, **words), options, "on other hosts").status == "done"
+
+
 def test_clients_without_held_out_rows_are_counted_and_left_out():
     data = federate({"n": (X, Y), "s": (X, Y)}, held_out={"n": (X, Y)})
     run = train(data)
     assert "1 of 2 clients have no held-out rows." in run.notes
     assert run.metrics["accuracy_clients"] == run.metrics["accuracy"]
     assert mended(lambda **w: federate({"n": (X, Y)}, **w), {"held_out": {"w": (X, Y)}}, "No client is called") is None
-    assert mended(lambda **w: federate({"n": (X, Y)}, **w), {"classes": ["0"]}, "contains '1' at row 1") is None
+    found = mended(lambda **w: federate({"n": (X, Y)}, **w), {"classes": ["0"]}, "contains '1' at row 1")
+    assert found is not None and found.classes == ("0", "1")
 
 
 @pytest.mark.parametrize(

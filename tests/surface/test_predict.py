@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -295,3 +296,37 @@ def test_a_user_follows_the_lines_of_refusals(run, tmp_path, capsys, monkeypatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert answer([*words[:3], "--as", "p", "--to", str(tmp_path / "x.parquet")]) == 2
     assert "pip install 'atoll[tables]'" in capsys.readouterr().err
+
+
+def test_a_changed_input_is_refused_and_resume_writes_it_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mess(60).drop(columns="price").to_csv("t.csv", index=False)
+    words = "run --data t.csv --target ill --by site --model logistic --rounds 1 --json --quiet --set report=false"
+    assert answer([*words.split(), "--metrics", "auc,f1"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {"auc", "f1"} <= set(printed["metrics"])
+    file = Path(printed["path"]) / "input.json"
+    for changed, said in ((file.read_text().replace('"fill": ', '"fill": 1'), "was changed"), ("{", "is damaged")):
+        file.write_text(changed)
+        assert answer(["predict", "latest", "t.csv"]) == 2
+        line = capsys.readouterr().err
+        assert said in line and f"rm {file} && atoll resume" in line.replace(str(tmp_path) + "/", "")
+        file.unlink()
+        assert answer(["resume", *line.split("atoll resume ")[1].split(), "--quiet"]) == 0
+        assert answer(["predict", "latest", "t.csv", "--json"]) == 0
+        capsys.readouterr()
+
+
+def test_incomplete_rows_of_a_model_without_a_fill(run):
+    folder, _ = run
+    data = load(folder / "train.csv", target="ill", by="site", missing="drop").split()
+    found = atoll.train("logistic", data, PLAN, rounds=1, out=None).predictor
+    new = pandas.read_csv(folder / "new.csv").iloc[8:12]
+    for column in ("a", "b"):
+        some = new.copy()
+        some.loc[9, column] = None
+        with pytest.raises(UsageError, match=f"Row 1 has no value in column '{column}'"):
+            found.predict(some)
+    assert found.predict(new.iloc[:0]).tolist() == []
+    with pytest.raises(UsageError, match="The data have 0 rows"):
+        found.evaluate(new.iloc[:0], [])

@@ -23,7 +23,7 @@ from atoll.base.lines import Line
 from atoll.base.names import with_noun
 from atoll.cli import output
 from atoll.compute.loss import cox
-from atoll.data.cells import Cells, NumberCells
+from atoll.data.cells import Cells, NumberCells, client_names
 from atoll.data.files import RowBatch, Stream, needs, stream_table
 from atoll.data.input import Input
 from atoll.runs.format import format_number
@@ -166,8 +166,7 @@ def _predict_batch(predictor: Predictor, request: Request, batch: RowBatch, seen
         for key, count in values.unknown.items():
             seen.unknown[key] = seen.unknown.get(key, 0) + count
         by = request.by or it.by
-        clients = batch.cells[by].strings() if by is not None and by in batch.cells else None
-        clients = None if clients is None else [name.strip() for name in clients]
+        clients = client_names(batch.cells[by]) if by is not None and by in batch.cells else None
         x = it.tensor(values.numbers, clients if it.clients else None)
         y = _target(it, batch.cells)
     if predictor.models is not None:

@@ -325,7 +325,7 @@ def distinct(values: Any, subject: str, order: Sequence[str] | None = None) -> t
 
 
 def fixed_classes(
-    codes: Tensor, names: Sequence[str], classes: Sequence[str], subject: str
+    codes: Tensor, names: Sequence[str], classes: Sequence[str], subject: str, *, joined: bool = False
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Encode labels by a fixed list of classes, of which some may have no row.
 
@@ -334,6 +334,7 @@ def fixed_classes(
         names: the distinct labels.
         classes: the classes in order.
         subject: the name of the labels in error messages.
+        joined: whether the option of the caller takes the classes as one text, with commas.
     Raises:
         UsageError: a label is no class, or a class occurs twice.
     Example:
@@ -344,11 +345,13 @@ def fixed_classes(
     place = {name: code for code, name in enumerate(classes)}
     new = [code for code, name in enumerate(names) if name not in place]
     if new or len(place) < len(classes):
+        more = [*place, *(names[code] for code in new)]
         row = int((codes == new[0]).nonzero()[0]) if new else 0
         raise UsageError(
             f"{subject} contains {names[new[0]]!r} at row {row}." if new else f"classes = {list(classes)}.",
             f"one of the classes {', '.join(place)}." if new else "each class once.",
             "each label is one output of the model.",
+            Change("classes", ",".join(more)) if joined else Line(python=f"classes={more}"),
         )
     return torch.tensor([place[name] for name in names], dtype=torch.int64)[codes], classes
 

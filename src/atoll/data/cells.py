@@ -25,9 +25,11 @@ from atoll.data.rows import Array
 EPOCH = datetime.date(1970, 1, 1)
 NUMBER_NA = frozenset({"", "?", "na", "n/a", "nan", "null", "none"})
 TEXT_NA = frozenset({"", "?"})
-COMMA = re.compile(r"[-+]?\d+(\.\d{3})*,\d+")
-GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?")  # thousands, or a decimal comma
-INTEGER = re.compile(r"[-+]?\d+")
+COMMA = re.compile(r"[-+−]?\d+(\.\d{3})*,\d+")
+GROUPED = re.compile(r"[-+−]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?")  # thousands, or a decimal comma
+INTEGER = re.compile(r"[-+−]?\d+")
+EXACT = 2**53  # from here on float64 does not contain every whole number
+_LEADING_ZERO = re.compile(r"[-+−]?0\d")
 
 
 class Missing(NamedTuple):
@@ -105,6 +107,56 @@ def name_of(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
+def number(text: str) -> float:
+    """Read a number with a decimal point. A typographic minus is a minus; the code 1_0, which Python reads, is none.
+
+    Raises:
+        ValueError: the text is no number.
+    Example:
+        >>> number("−2.5"), number("1e3")
+        (-2.5, 1000.0)
+    """
+    if "_" in text:
+        raise ValueError(f"{text!r} is no number")
+    return float(text.replace("−", "-"))
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number with a decimal point, NaN or an infinity."""
+    try:
+        number(text)
+    except ValueError:
+        return False
+    return True
+
+
+def loses_digits(text: str) -> bool:
+    """Whether a number as float64 has another text: a code with leading zeros, or one with too many digits.
+
+    Example:
+        >>> loses_digits("007"), loses_digits("9007199254740993"), loses_digits("7.0")
+        (True, True, False)
+    """
+    return is_number(text) and (bool(_LEADING_ZERO.match(text)) or EXACT <= abs(number(text)) < math.inf)
+
+
+def code_of(text: str) -> str:
+    """Convert the text of a client or a class to its name: a whole number loses the decimal point, a code stays.
+
+    Example:
+        >>> code_of("7.0"), code_of("007"), code_of("north")
+        ('7', '007', 'north')
+    """
+    return name_of(number(text)) if is_number(text) and not loses_digits(text) else text
+
+
+def client_names(cells: Cells) -> list[str]:
+    """Return the name of the client in each cell."""
+    texts = cells.texts()
+    names = [*map(code_of, texts.levels), ""]
+    return [names[code] for code in texts.codes.tolist()]
+
+
 def coded(texts: Iterable[str | None]) -> Texts:
     """Encode texts; None is a null.
 
@@ -128,7 +180,7 @@ class TextCells:
 
     def numbers(self, missing: Missing) -> Array | None:
         try:
-            return np.array([np.nan if missing.number(text := cell.strip()) else float(text) for cell in self.cells])
+            return np.array([np.nan if missing.number(text := cell.strip()) else number(text) for cell in self.cells])
         except ValueError:
             return None
 
@@ -368,14 +420,14 @@ def comma_number(text: str) -> float | None:
         (1234.5, 7.0, None)
     """
     if COMMA.fullmatch(text) or INTEGER.fullmatch(text):
-        return float(text.replace(".", "").replace(",", "."))
+        return number(text.replace(".", "").replace(",", "."))
     return None
 
 
 def plain_numbers(texts: Texts, missing: Missing) -> Array | None:
     """Read a column of numbers with a decimal point, float64 with NaN for missing; None if another text occurs."""
     try:
-        return texts.map([math.nan if missing.number(text) else float(text) for text in texts.levels])
+        return texts.map([math.nan if missing.number(text) else number(text) for text in texts.levels])
     except ValueError:
         return None
 
@@ -426,8 +478,10 @@ def _series_cells(series: Any, name: str) -> Cells:
 
     dtype = series.dtype
     if dtype == nw.Boolean or dtype.is_numeric():
-        values = series.cast(nw.Float64)
-        return NumberCells(_floats(values), boolean=dtype == nw.Boolean)
+        values = _floats(series.cast(nw.Float64))
+        if dtype.is_integer() and (np.abs(values) >= EXACT).any():
+            return LevelCells(coded([None if _null(value) else str(value) for value in series.to_list()]))
+        return NumberCells(values, boolean=dtype == nw.Boolean)
     if dtype in (nw.Date, nw.Datetime):
         return DayCells(_days(series))
     if isinstance(dtype, (nw.List, nw.Struct, nw.Array)):
@@ -451,6 +505,9 @@ def boxed_cells(values: Sequence[Any]) -> Cells:
     there = [value for value in values if value is not None]
     if there and all(isinstance(value, (bool, np.bool_)) for value in there):
         return NumberCells(np.array([np.nan if v is None else float(v) for v in values]), boolean=True)
+    whole = [abs(int(value)) for value in there if isinstance(value, (int, np.integer))]
+    if max(whole, default=0) >= EXACT:
+        return LevelCells(coded([None if value is None else name_of(value) for value in values]))
     if all(isinstance(value, (int, float, np.number)) for value in there):
         return NumberCells(np.array([np.nan if v is None else float(v) for v in values], dtype=np.float64))
     if all(isinstance(value, datetime.date) for value in there):
@@ -511,7 +568,7 @@ def cells_of(table: Any) -> dict[str, Cells]:
         array = np.asarray(column) if not isinstance(column, (list, tuple)) else np.array(column, dtype=object)
         if array.ndim != 1:
             raise UsageError(f"Column {name!r} has shape {array.shape}.", "one value for each row.")
-        if array.dtype.kind in "biuf":
+        if array.dtype.kind in "bf" or (array.dtype.kind in "iu" and not (np.abs(array.astype(float)) >= EXACT).any()):
             out[str(name)] = NumberCells(array.astype(np.float64), boolean=array.dtype.kind == "b")
         else:
             out[str(name)] = boxed_cells([None if _null(v) else v for v in array.tolist()])

@@ -27,7 +27,9 @@ from atoll.data.cells import (
     NumberCells,
     Texts,
     comma_number,
+    comma_numbers,
     day_of,
+    number,
     plain_numbers,
 )
 from atoll.data.input import ABSENT, OTHER, Column, DateColumn, NumberColumn, TextColumn
@@ -35,6 +37,7 @@ from atoll.data.rows import Array
 
 ALMOST = 0.95  # share of cells from which a column counts as numbers or dates with wrong cells
 ID_ROWS = 50  # rows from which a column of different texts is an id
+_POINTS = re.compile(r"[-+−]?[1-9]\d{0,2}(\.\d{3})+")  # thousands, or a decimal point
 _ISO = re.compile(r"\d{4}-\d{2}-\d{2}([T ].*)?")
 _DATE = re.compile(r"\d{1,4}([./-])\d{1,2}\1\d{1,4}")
 
@@ -71,12 +74,14 @@ class Typed:
         notes: sentences about guesses.
         fault: why the column is unusable; empty if it is usable.
         write: the options that make the column usable.
+        comma: whether the numbers have a decimal comma.
     """
 
     cells: Cells
     notes: tuple[str, ...] = ()
     fault: str = ""
     write: Mapping[str, str] = field(default_factory=dict)
+    comma: bool = False
 
     @property
     def numbers(self) -> Array | None:
@@ -192,26 +197,47 @@ def _thousands(name: str, texts: Texts, rules: Rules) -> Typed | None:
 
 
 def _decimal_commas(name: str, texts: Texts, rules: Rules) -> Typed | None:
-    if rules.decimal == "." or (rules.commas and rules.decimal is None):
-        return None
+    """The column as numbers with a decimal comma; a fault for a decimal mark that is not that of the option, or two."""
     there = [text for text in texts.levels if not rules.missing.number(text)]
     commas = [text for text in there if COMMA.fullmatch(text)]
     points = [text for text in there if comma_number(text) is None and _is_number(text)]
-    if not there or (not commas and rules.decimal is None):
-        return None
-    table = [math.nan if rules.missing.number(text) else comma_number(text) for text in texts.levels]
-    if None not in table:
-        values = texts.map([math.nan if value is None else value for value in table])
-        return Typed(
-            NumberCells(values), (f"Column {name!r} contains numbers with a decimal comma.",) if commas else ()
-        )
-    if commas and points and len(commas) + len(points) >= ALMOST * len(there):
-        given = (
-            f"Column {name!r} mixes decimal marks: {commas[0]!r} at row {texts.first(texts.levels.index(commas[0]))}, "
-        )
-        given += f"{points[0]!r} at row {texts.first(texts.levels.index(points[0]))}."
+    numbers = sum(comma_number(text) is not None or _is_number(text) for text in there)
+    most = bool(there) and numbers >= ALMOST * len(there)
+
+    def at(text: str) -> str:
+        return f"{text!r} at row {texts.first(texts.levels.index(text))}"
+
+    if most and commas and points:
+        given = f"Column {name!r} mixes decimal marks: {at(commas[0])}, {at(points[0])}."
         return Typed(LevelCells(texts), fault=given, write={"drop": name})
-    return None
+    other = commas if rules.decimal == "." else points if rules.decimal == "," else []
+    if most and other:
+        given = f"Column {name!r} contains {at(other[0])}, and decimal={rules.decimal!r}."
+        return Typed(LevelCells(texts), fault=given, write={"drop": name})
+    values = comma_numbers(texts, rules.missing)
+    unasked = rules.decimal is None and (rules.commas or not commas)
+    if rules.decimal == "." or unasked or not there or values is None:
+        return None
+    note = (f"Column {name!r} contains numbers with a decimal comma.",) if commas else ()
+    return Typed(NumberCells(values), note, comma=bool(commas))
+
+
+def thousands_points(name: str, cells: Cells, rules: Rules) -> Typed | None:
+    """A fault for a column of a table with decimal commas, whose points all stand before three digits.
+
+    Args:
+        name: the name of the column.
+        cells: the cells as the file contains them.
+        rules: the options.
+    """
+    texts = cells.texts()
+    points = [text for text in texts.levels if "." in text and not rules.missing.number(text)]
+    if not points or not all(_POINTS.fullmatch(text) for text in points):
+        return None
+    at = texts.first(texts.levels.index(points[0]))
+    given = f"Column {name!r} contains a point before three digits, {points[0]!r} at row {at}, and other columns have "
+    given += "decimal commas. If it separates thousands, remove it."
+    return Typed(LevelCells(texts), fault=given, write={"drop": name})
 
 
 def _almost(name: str, texts: Texts, rules: Rules) -> Typed | None:
@@ -242,7 +268,7 @@ def _na(rules: Rules, texts: Texts, wrong: list[str]) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        return math.isfinite(float(text))
+        return math.isfinite(number(text))
     except ValueError:
         return False
 

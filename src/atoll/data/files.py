@@ -119,7 +119,7 @@ def read_table(path: str | Path, pick: Pick, encoding: str = "utf-8", sheet: str
             other = sorted(set(table.columns) ^ set(first.columns))
             raise UsageError(
                 f"{file} and {files[0][0]} have different columns: {', '.join(map(repr, other))}.",
-                "the same columns in every file.",
+                "the same columns in every file, or --columns with features of all files.",
                 "one model reads all files.",
             )
     columns = {name: _joined(name, [table.columns[name] for table in tables]) for name in first.columns}

@@ -28,6 +28,7 @@ from torch import Tensor
 from atoll.base.errors import UsageError
 from atoll.base.lines import Line
 from atoll.data.cells import (
+    EXACT,
     GROUPED,
     Cells,
     Missing,
@@ -36,7 +37,9 @@ from atoll.data.cells import (
     comma_number,
     comma_numbers,
     day_of,
+    is_number,
     name_of,
+    number,
     plain_numbers,
 )
 from atoll.data.rows import IGNORED, Array, numbers
@@ -323,8 +326,9 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
         last = len(column.levels) - 1 if column.other else -1
         missing = Missing(self.na)
         wanted = [ABSENT if missing.text(text) else text for text in texts.levels]
-        codes = [place.get(text, last) for text in wanted]
-        null = place.get(ABSENT, last)
+        absent = math.nan if self.missing == "drop" else place.get(ABSENT, last)
+        codes = [absent if text == ABSENT else place.get(text, last) for text in wanted]
+        null = absent
         unknown: dict[str, int] = {}
         for text, code, count in zip(wanted, codes, texts.counts.tolist(), strict=True):
             if code < 0 and count:
@@ -523,10 +527,11 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
         """The code of a class. Numbers are compared by value: the cell 1.0 is class 1."""
         if text in place:
             return place[text]
-        number = name_of(float(text)) if _is_number(text) else text
-        if number in place:
-            return place[number]
-        return -2 if Missing(self.na).text(text) or number == "nan" else -1
+        exact = is_number(text) and not abs(number(text)) >= EXACT
+        value = name_of(number(text)) if exact else text
+        if value in place:
+            return place[value]
+        return -2 if Missing(self.na).text(text) or value == "nan" else -1
 
     def probabilities(self, output: Tensor) -> Tensor:
         """Compute the probability of each class from logits: `[rows, classes]` in float64, which sum to 1.
@@ -647,14 +652,6 @@ def yes_or_no(name: str, cells: Cells) -> Array:
     return texts.map([known.get(text.lower(), math.nan) for text in texts.levels])
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _refuse_thousands(column: NumberColumn, texts: Texts, first: int) -> None:
     """Refuse a comma before three digits if the number without it is nearer to the mean of the train rows."""
     for code, text in enumerate(texts.levels):
@@ -668,7 +665,7 @@ def _refuse_thousands(column: NumberColumn, texts: Texts, first: int) -> None:
 
 
 def _in_some_form(text: str) -> bool:
-    return _is_number(text) or comma_number(text) is not None
+    return is_number(text) or comma_number(text) is not None
 
 
 def first_difference(one: Input, other: Input) -> str:

@@ -22,7 +22,7 @@ from atoll.base.errors import UsageError
 from atoll.base.names import with_noun
 from atoll.base.random import Key
 from atoll.data.arrays import arrays
-from atoll.data.cells import Cells, cells_of
+from atoll.data.cells import Cells, cells_of, client_names
 from atoll.data.clients import Clients
 from atoll.data.files import is_table, read_table
 from atoll.data.held_out import draw_held_out
@@ -218,7 +218,7 @@ def _clients(
             write="atoll join --by site",
         )
     names = tuple(given.clients)
-    each = [text.strip() for text in cells[by].strings()]
+    each = client_names(cells[by])
     unknown = [text for text, used in zip(each, keep, strict=True) if used and text not in given.clients]
     if unknown:
         raise UsageError(

@@ -31,9 +31,12 @@ from atoll.data.cells import (
     NumberCells,
     Texts,
     cells_of,
+    code_of,
+    coded,
     frame_cells,
+    loses_digits,
 )
-from atoll.data.columns import Rules, Typed, absent, feature, numbers_in_texts, picked, typed
+from atoll.data.columns import Rules, Typed, absent, feature, numbers_in_texts, picked, thousands_points, typed
 from atoll.data.files import CellTable, read_table
 from atoll.data.input import OTHER, Column, Input, InputTarget, TextColumn, yes_or_no
 from atoll.data.rows import Array, ArrayRows
@@ -344,6 +347,7 @@ def from_cells(name: str, read: CellTable, options: Options, door: Door) -> Sour
         notes.append(f"Target guessed: the last column, {targets[0]!r}.")
     raw = {column: numbers_in_texts(column, typed(column, cells[column], rules), rules) for column in features}
     goals = {column: _goal(column, cells[column], rules, options) for column in targets}
+    _mark_thousands(raw, goals, cells, rules)
     _refuse_infinite({**raw, **goals})
     empty = np.any([absent(goal.cells, rules.missing) for goal in goals.values()], axis=0)
     keep, gap_notes = _usable_rows(empty, raw, goals, cells, rules, options)
@@ -375,6 +379,16 @@ def from_cells(name: str, read: CellTable, options: Options, door: Door) -> Sour
         listed=tuple(chosen),
         scale_target=options.scale_target or ("standard" if one else "none"),
     )
+
+
+def _mark_thousands(raw: dict[str, Typed], goals: dict[str, Typed], cells: Mapping[str, Cells], rules: Rules) -> None:
+    """Give columns of a table with decimal commas a fault if their points may separate thousands."""
+    if not any(it.comma for it in (*raw.values(), *goals.values())):
+        return
+    for found in (raw, goals):
+        for column, it in found.items():
+            if isinstance(it.cells, NumberCells) and not it.comma and not isinstance(cells[column], NumberCells):
+                found[column] = thousands_points(column, cells[column], rules) or it
 
 
 def _schema(
@@ -500,7 +514,20 @@ def _goal(name: str, cells: Cells, rules: Rules, options: Options) -> Typed:
     it = typed(name, cells, rules)
     if it.fault and options.task == "classification":
         return Typed(LevelCells(cells.texts()))
+    classes = options.task == "classification" or (options.task is None and _few(it.numbers))
+    if classes and isinstance(it.cells, NumberCells) and _are_codes(cells):
+        texts = cells.texts()
+        coded_again = coded([code_of(text) for text in texts.levels])
+        return Typed(LevelCells(Texts(coded_again.levels, np.append(coded_again.codes, -1)[texts.codes])), it.notes)
     return it
+
+
+def _few(values: Array | None) -> bool:
+    """Whether numbers are a few whole numbers, NaN left out, and so classes."""
+    if values is None:
+        return False
+    there = values[~np.isnan(values)]
+    return bool((there == there.round()).all()) and len(np.unique(there)) <= WHOLE_CLASSES
 
 
 def _target(
@@ -522,7 +549,7 @@ def _target(
             "a regression model predicts a number.",
             Change("task", "classification"),
         )
-    few = values is None or (bool((values == values.round()).all()) and len(np.unique(values)) <= WHOLE_CLASSES)
+    few = values is None or _few(values)
     kind = task or ("classification" if few else "regression")
     if task is None:
         content = (
@@ -541,7 +568,10 @@ def _target(
     else:
         codes, classes = distinct(values, f"column {name!r}")
     if options.classes is not None:
-        codes, classes = fixed_classes(codes, classes, name_list(options.classes, classes), f"column {name!r}")
+        given = name_list(options.classes, classes)
+        codes, classes = fixed_classes(codes, classes, given, f"column {name!r}", joined=True)
+    if len(classes) == 1:
+        notes = (*notes, f"All rows have the class {classes[0]!r} in column {name!r}: every answer is right.")
     return codes, kind, classes, notes
 
 
@@ -596,12 +626,17 @@ def _all_labels(cells: Mapping[str, Cells]) -> bool:
         return False
 
 
+def _are_codes(cells: Cells) -> bool:
+    """Whether a text of a column of numbers is not the name of its number, such as 007."""
+    return not isinstance(cells, NumberCells) and any(loses_digits(text) for text in cells.texts().levels)
+
+
 def _clients(name: str, cells: Cells, keep: Array) -> tuple[torch.Tensor, tuple[str, ...]]:
     """Return the client of each used row, and the names of the clients."""
     values = cells.numbers(Missing())
-    if values is None or (isinstance(cells, NumberCells) and cells.boolean):
+    if values is None or (isinstance(cells, NumberCells) and cells.boolean) or _are_codes(cells):
         texts = cells.texts()
-        table = np.array([None if Missing().text(t) else t for t in texts.levels] + [None], dtype=object)
+        table = np.array([None if Missing().text(t) else code_of(t) for t in texts.levels] + [None], dtype=object)
         values = table[texts.codes]
     elif not (np.isnan(values) | (values == values.round())).all():
         row = int((~np.isnan(values) & (values != values.round())).argmax())

@@ -220,7 +220,7 @@ def _number(value: Any) -> float | None:
 
 def _values(event: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of an event, its intervals, and the name of its metric."""
-    kinds = {"intervals": Mapping, "metric": str}
+    kinds = {"intervals": Mapping, "defined": Mapping, "metric": str}
     named = {n: event[n] for n, kind in kinds.items() if isinstance(event.get(n), kind)}
     return {n: number for n, v in event.items() if (number := _number(v)) is not None} | named
 

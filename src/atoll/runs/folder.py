@@ -229,6 +229,7 @@ class RunFolder:
             folder = cls(path, store)
             try:
                 folder.lock()
+                about = {**about, "input": _sha256(input)[:16]} if input else about
                 write(path / "environment.json", _json(about, indent=2))
                 if input:
                     write(path / "input.json", input)
@@ -584,6 +585,25 @@ def rounds_to_run(path: Path, rounds: int | None, more: int | None) -> int | Non
             Line(python="more=10", shell=f"atoll resume {path.name} --more 10"),
         )
     return rounds
+
+
+def write_input(path: Path, data: bytes) -> None:
+    """Write input.json of a run that continues, and its digest; runs of before lack them.
+
+    Args:
+        path: the run folder.
+        data: the bytes of input.json.
+    """
+    write(path / "input.json", data)
+    about = read_environment(path)
+    if about and about.get("input") != _sha256(data)[:16]:
+        write(path / "environment.json", _json({**about, "input": _sha256(data)[:16]}, indent=2))
+
+
+def has_own_input(path: Path) -> bool:
+    """Whether input.json has the bytes that the run wrote. A run of before did not record their digest."""
+    recorded = read_environment(path).get("input")
+    return recorded is None or recorded == _sha256((path / "input.json").read_bytes())[:16]
 
 
 def read_environment(path: Path) -> dict[str, Any]:

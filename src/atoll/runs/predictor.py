@@ -20,7 +20,7 @@ from atoll.compute.loss import ClassWeighted, PerExample, poisson, values_of
 from atoll.compute.metrics import Counts, Metric, row_sums, summed
 from atoll.compute.outputs import logits_of
 from atoll.data.arrays import several_labels, tensor_of
-from atoll.data.cells import Cells, boxed_cells, cells_of, name_of
+from atoll.data.cells import Cells, boxed_cells, cells_of, client_names, name_of
 from atoll.data.input import Input
 from atoll.data.rows import IGNORED, Array
 from atoll.runs.personal import ClientModels
@@ -91,7 +91,7 @@ class Predictor:
         by = self.input.by
         if not self.input.clients or clients is not None or by is None or by not in table:
             return clients
-        return _names(table[by].strings())
+        return client_names(table[by])
 
     def owners(self, x: Any, clients: Any = None) -> list[str] | None:
         """The client of each row, if clients have models: as given, or the column of the client in a table."""
@@ -100,7 +100,7 @@ class Predictor:
         if clients is not None:
             return _names(clients)
         table = self.table(x)
-        return None if table is None or self.input.by not in table else _names(table[str(self.input.by)].strings())
+        return None if table is None or self.input.by not in table else client_names(table[str(self.input.by)])
 
     def table(self, x: Any) -> dict[str, Cells] | None:
         """Return the cells of a frame, of a dict, or of an array of a table's columns; None for other arrays."""
@@ -198,6 +198,8 @@ class Predictor:
             y: the target of each row: classes by name, or numbers in the target's units.
             clients: the client of each row; None: all rows together.
         """
+        if not len(y):
+            raise UsageError("The data have 0 rows.", "at least one row.", "a mean over no rows is undefined.")
         tally = ScoreSums(self)
         names = _names(clients)
         tally.add(self.output(self.prepare(x, names), self.owners(x, names)), self.targets(y), names)

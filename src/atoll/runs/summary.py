@@ -209,15 +209,20 @@ def comparison(metrics: Mapping[str, Any], baselines: Baselines, chief: str | No
 
 
 def own_row_cells(table: Baselines, chief: str) -> list[list[str]]:
-    """The cells of the table over clients: mean, median, worst tenth, worst client and standard deviation.
+    """The cells of the table over clients: mean, median, worst tenth, worst client, standard deviation, and the number
+    of clients that have a value.
 
     [] if no client was evaluated.
     """
-    heads = ("mean", "median", "worst tenth", "worst client", "sd")  # in the order of OVER_CLIENTS
+    heads = ("mean", "median", "worst tenth", "worst client", "sd", "clients")  # in the order of OVER_CLIENTS
     found = {n: row for n, row in table.items() if row.get(f"{chief}_clients") is not None}
     if "federated" not in found:
         return []
-    cells = ([ROWS[n], *(format_number(row.get(f"{chief}_{of}")) for of in OVER_CLIENTS)] for n, row in found.items())
+    cells = []
+    for name, row in found.items():
+        count = row["defined"].get(chief) if isinstance(row.get("defined"), Mapping) else None
+        values = (format_number(row.get(f"{chief}_{of}")) for of in OVER_CLIENTS)
+        cells.append([ROWS[name], *values, whole(count) if isinstance(count, int) else "–"])
     return [["", *heads], *cells]
 
 

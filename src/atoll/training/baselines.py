@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -161,12 +161,19 @@ def _personal(training: Training) -> dict[str, dict[str, Any]]:
     rises = {"held_out_loss": False} | {m.name: m.higher_is_better for m in training.task.metrics}
     each = {n: training.evaluation.clients.get(f"{PERSONAL}{n}") for n in rises}
     found = {k: v for n, t in each.items() if t is not None for k, v in over_clients(n, t, rises[n]).items()}
-    return {"personal": found} if found else {}
+    return {"personal": {**found, **_defined({n: t for n, t in each.items() if t is not None})}} if found else {}
 
 
 def _row(values: HeldOutValues) -> dict[str, Any]:
     """The metrics of a model, and their intervals as lists, as JSON stores them."""
-    return {**values.metrics, "intervals": {n: [i.low, i.high, i.rows] for n, i in values.intervals.items()}}
+    intervals = {n: [i.low, i.high, i.rows] for n, i in values.intervals.items()}
+    return {**values.metrics, "intervals": intervals, **_defined(values.clients)}
+
+
+def _defined(clients: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
+    """`defined`: the number of clients that have a value of each metric, over which its mean is taken."""
+    counts = {name: int((~values.isnan()).sum()) for name, values in clients.items() if name != "rows"}
+    return {"defined": counts} if counts else {}
 
 
 def _over_models(training: Training, ids: Tensor, values: list[HeldOutValues]) -> dict[str, Any]:
@@ -182,6 +189,7 @@ def _over_models(training: Training, ids: Tensor, values: list[HeldOutValues]) -
         if training.by_client:
             own = torch.stack([v.clients[name][0] for v in values]).double()
             out |= over_clients(name, own, rising)
+            out.setdefault("defined", {}).update(_defined({name: own})["defined"])
             chief = training.selection_metric[0]
             if name == chief.removeprefix(PERSONAL):
                 training.final_values()

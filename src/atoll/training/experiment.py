@@ -925,6 +925,7 @@ def _run_folder(path: str | Path) -> Path:
 
 def _input_of(folder: Path) -> Input:
     from atoll.data.input import Input
+    from atoll.runs.folder import has_own_input
 
     if not (folder / "input.json").is_file():
         raise UsageError(
@@ -933,7 +934,19 @@ def _input_of(folder: Path) -> Input:
             "a version of atoll before this file wrote the run; resuming it writes the file.",
             f"atoll resume {folder.name}",
         )
-    return Input.read(folder)
+    again = Line(shell=f"rm {folder / 'input.json'} && atoll resume {folder.name}")
+    try:
+        found = Input.read(folder)
+    except UsageError as error:
+        raise error.writing(again) from None
+    if not has_own_input(folder):
+        raise UsageError(
+            f"input.json of {folder.name} was changed after the run.",
+            "the bytes that the run wrote.",
+            "the model was trained with another map from rows to tensors.",
+            again,
+        )
+    return found
 
 
 def _rebuilt(folder: Path, trust: bool) -> nn.Module:

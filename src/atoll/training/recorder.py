@@ -28,7 +28,7 @@ from atoll.report.run_plot import run_plot
 from atoll.runs.checkpoint import model_from_tensors, model_to_tensors, state_from_tensors, state_to_tensors
 from atoll.runs.confusion import Confusion
 from atoll.runs.events import Run
-from atoll.runs.folder import HIDDEN
+from atoll.runs.folder import HIDDEN, write_input
 from atoll.runs.frames import metrics_row
 from atoll.runs.inference import Inference
 from atoll.training import stop as stops
@@ -132,7 +132,7 @@ class Recorder:
             if checkpoint is not None:
                 self._load(checkpoint)
             self.folder.truncate_logs()
-            runs.write(path / "input.json", self.training.input.encode())  # runs of before lack this file
+            write_input(path, self.training.input.encode())
             if checkpoint is None and self.store is not None:
                 self._begin_log()  # the first event was not committed
         except BaseException:

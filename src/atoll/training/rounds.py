@@ -163,6 +163,8 @@ class Training:
                 "the rows of each client are evaluated.",
                 Change("evaluate", "pooled"),
             )
+        if self.engine.judges and self.evaluator is None:
+            _refuse_whole(self.task, settings)
         check_tune(plan, self.data, settings)
         self.memory = Memory(plan.memory(self.task))
         self.state = State.first(plan, self.task, settings.seed, self.memory)
@@ -654,6 +656,18 @@ def plan_from_text(text: str) -> Plan:
     if not isinstance(plan, Plan):
         raise UsageError(f"{text!r} is a {type(plan).__name__}.", "a recipe, or a whole plan.", write='"fedavg(0.1)"')
     return plan
+
+
+def _refuse_whole(task: Task, settings: Settings) -> None:
+    """Refuse chosen metrics over all rows at once if the held-out rows are on other hosts."""
+    whole = [metric.name for metric in task.metrics if metric.sums is None]
+    if whole and settings.metrics is not None:
+        raise UsageError(
+            f"The metric {whole[0]!r} needs all held-out rows at once, and they are on other hosts.",
+            "metrics that are sums over rows.",
+            "a host sends sums of its rows, and no rows.",
+            Change("metrics", [m.name for m in task.metrics if m.sums is not None] or ["log_loss"]),
+        )
 
 
 def _task(model: Any, data: Clients, settings: Settings, private: bool = False, known: TrainRows | None = None) -> Task:

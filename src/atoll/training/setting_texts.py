@@ -5,7 +5,7 @@ Tests: tests/surface/test_experiment.py, tests/surface/test_settings.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
@@ -120,8 +120,22 @@ def as_text(name: str, value: Any) -> Any:
         return tuple(f"{pattern}={rule}" for pattern, rule in value.items())
     if name in ("metrics", "stop", "buffers") and value is not None:
         several = value if isinstance(value, (tuple, list)) else (value,)
-        return tuple(_one_text(name, each) for each in several)
+        texts = [_one_text(name, each) for each in several]
+        return tuple(name_by_name(texts)) if name == "metrics" else tuple(texts)
     return _one_text(name, value)
+
+
+def name_by_name(values: Sequence[Any]) -> list[Any]:
+    """Metrics one by one: a text may contain several names with commas between them.
+
+    Example:
+        >>> name_by_name(["auc,f1", "mine:near"])
+        ['auc', 'f1', 'mine:near']
+    """
+    out: list[Any] = []
+    for value in values:
+        out += [name.strip() for name in value.split(",")] if isinstance(value, str) else [value]
+    return out
 
 
 def _one_text(name: str, value: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, cast
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.lines import Change
 from atoll.base.validation import plain_fields
-from atoll.training.setting_texts import METHOD, RUNNING, TEXTS
+from atoll.training.setting_texts import METHOD, RUNNING, TEXTS, name_by_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -215,8 +215,9 @@ class Settings(TrainingFields):
     """
 
     def __post_init__(self) -> None:
-        if self.metrics is not None and not isinstance(self.metrics, (tuple, list)):
-            self._set("metrics", (self.metrics,))
+        if self.metrics is not None:
+            several = self.metrics if isinstance(self.metrics, (tuple, list)) else (self.metrics,)
+            self._set("metrics", tuple(name_by_name(several)))
         if isinstance(self.buffers, str):
             self._set("buffers", (self.buffers,))
         if not isinstance(self.stop, (tuple, list)):
