@@ -28,7 +28,7 @@ from msgspec import structs
 from torch import Tensor
 
 from atoll.base.errors import RunError, UsageError
-from atoll.base.lines import Change, EngineChange, Write
+from atoll.base.lines import Change, EngineChange, Line, Write
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.workers.actor import Actor
@@ -299,7 +299,7 @@ def _connected(engine: object, ray: Any, address: str | None) -> weakref.finaliz
                 f"address = {address!r}, but this program is connected to Ray at {there}.",
                 "the cluster to which the program is connected.",
                 "a program has at most one connection to Ray.",
-                "ray.shutdown()",
+                Line(python="ray.shutdown()"),
             )
         return weakref.finalize(engine, _left, None, None)
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
