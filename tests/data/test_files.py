@@ -61,6 +61,8 @@ def test_all_doors_give_equal_clients(tmp_path):
         'a,b,y\n1,"x,0\n',
         "a,b,y\n1,x,inf\n",
         "a,b,y\n1,é,0\n2,ü,1\n",
+        "a,b,y\n" + "".join(f"{i},,{i}.5\n" for i in range(150)) + "x,1,7.5\n ?, 2,8.5\n",
+        "a,b,y\n" + "".join(f"{i}, ?,{i}.5\n" for i in range(150)) + "NA,+1,7.5\n3, x,8.5\n",
     ],
 )
 def test_both_readers_give_equal_sources_and_errors(tmp_path, text, monkeypatch):

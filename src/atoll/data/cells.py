@@ -30,6 +30,7 @@ GROUPED = re.compile(r"[-+−]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?")  # thousands, or 
 INTEGER = re.compile(r"[-+−]?\d+")
 EXACT = 2**53  # from here on float64 does not contain every whole number
 _LEADING_ZERO = re.compile(r"[-+−]?0\d")
+_FIRST = 100  # cells that are read as numbers before all cells are
 
 
 class Missing(NamedTuple):
@@ -214,6 +215,8 @@ class ArrowCells:
             return _to_numpy(self.array.cast(pa.float64()))
         except pa.ArrowInvalid:
             pass
+        if TextCells(self.array.slice(0, _FIRST).to_pylist()).numbers(missing) is None:
+            return None  # most columns of texts end here
         trimmed = compute.utf8_trim_whitespace(self.array)
         words = sorted(NUMBER_NA) if missing.texts is None else ["", *missing.texts]
         known = compute.utf8_lower(trimmed) if missing.texts is None else trimmed
@@ -254,11 +257,8 @@ def _codes(array: Any, levels: list[Any]) -> Array:
 
 def _to_numpy(array: Any) -> Array:
     """Convert an array of floats of pyarrow; null becomes NaN."""
-    import pyarrow as pa
-
-    chunks = [array] if isinstance(array, pa.Array) else array.chunks
-    parts = [chunk.to_numpy(zero_copy_only=False) for chunk in chunks]
-    return np.concatenate(parts) if parts else np.zeros(0)
+    found: Array = array.to_numpy(zero_copy_only=False)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

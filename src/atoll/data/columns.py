@@ -282,9 +282,9 @@ def picked(cells: Cells, keep: Array) -> Cells:
     """
     match cells:
         case NumberCells():
-            return NumberCells(cells.values[keep], cells.boolean)
+            return cells if keep.all() else NumberCells(cells.values[keep], cells.boolean)
         case DayCells():
-            return DayCells(cells.values[keep])
+            return cells if keep.all() else DayCells(cells.values[keep])
     texts = cells.texts()
     codes = texts.codes[keep]
     used = np.unique(codes[codes >= 0])

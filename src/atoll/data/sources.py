@@ -264,7 +264,7 @@ class Source:
             columns=schema.names,
             schema=schema,
             notes=notes,
-            fill=bool(x.isnan().any()),
+            fill=bool(np.isnan(x.numpy()).any()),
         )
 
     def _judges(

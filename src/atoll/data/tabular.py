@@ -345,8 +345,9 @@ def from_cells(name: str, read: CellTable, options: Options, door: Door) -> Sour
     notes = list(read.notes)
     if options.target is None:
         notes.append(f"Target guessed: the last column, {targets[0]!r}.")
-    raw = {column: numbers_in_texts(column, typed(column, cells[column], rules), rules) for column in features}
-    goals = {column: _goal(column, cells[column], rules, options) for column in targets}
+    found = {column: typed(column, cells[column], rules) for column in cells}
+    raw = {column: numbers_in_texts(column, found[column], rules) for column in features}
+    goals = {column: _goal(cells[column], found[column], options) for column in targets}
     _mark_thousands(raw, goals, cells, rules)
     _refuse_infinite({**raw, **goals})
     empty = np.any([absent(goal.cells, rules.missing) for goal in goals.values()], axis=0)
@@ -359,7 +360,7 @@ def from_cells(name: str, read: CellTable, options: Options, door: Door) -> Sour
         notes.append(f"Features in use: {', '.join(column.name for column in described)}.")
     schema = _schema(described, kind, classes, targets, options)
     typed_cells = {column: it.cells for column, it in used.items()}
-    others = {c: picked(typed(c, cells[c], rules).cells, keep) for c in cells if c not in typed_cells}
+    others = {c: picked(it.cells, keep) for c, it in found.items() if c not in typed_cells}
     x = schema.expand(torch.from_numpy(schema.values(typed_cells).numbers))
     one = kind == "regression" and len(targets) == 1
     return Source(
@@ -372,7 +373,7 @@ def from_cells(name: str, read: CellTable, options: Options, door: Door) -> Sour
         by=by,
         names=clients,
         scale=options.scale or "standard",
-        fill=bool(x.isnan().any()),
+        fill=bool(np.isnan(x.numpy()).any()),
         notes=(*notes, *gap_notes, *level_notes, *guessed),
         schema=schema,
         cells={**others, **typed_cells},
@@ -507,11 +508,10 @@ def _text_counts(texts: Texts, rows: Array) -> dict[str, int]:
     return {text: count for text, count in zip(texts.levels, counts, strict=True) if count}
 
 
-def _goal(name: str, cells: Cells, rules: Rules, options: Options) -> Typed:
-    """Convert the cells of a target. For classes a column of numbers with a few texts is a column of texts."""
+def _goal(cells: Cells, it: Typed, options: Options) -> Typed:
+    """The converted cells of a target. For classes a column of numbers with a few texts is a column of texts."""
     if options.task == "classification" and isinstance(cells, LevelCells):
         return Typed(cells)
-    it = typed(name, cells, rules)
     if it.fault and options.task == "classification":
         return Typed(LevelCells(cells.texts()))
     classes = options.task == "classification" or (options.task is None and _few(it.numbers))
@@ -560,7 +560,7 @@ def _target(
         notes = (*notes, f"Predictions of the target {name!r} are in its own units.")
         if options.scale_target != "none":
             notes = (*notes, f"The loss is in units of the standard deviation of {name!r} over the train rows.")
-        return torch.from_numpy(values), kind, None, notes
+        return torch.tensor(values), kind, None, notes
     texts = one.texts()
     if values is None or truth:
         codes, classes = _text_classes(texts)
