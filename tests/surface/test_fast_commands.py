@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(folder):
     """Exit code, slow modules imported so far, and output of each command, all in one new process."""
-    words = json.dumps([words for words, _, _ in COMMANDS])
+    words = json.dumps([*(words for words, _, _ in COMMANDS), ["compare", "latest"]])
     done = subprocess.run([sys.executable, "-c", WATCH, words], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -72,6 +72,11 @@ def test_no_slow_import(answers, place):
     found, slow, output = answers[place]
     assert (found, slow) == (code, []), output
     assert text in output
+
+
+def test_a_comparison_needs_numpy_but_not_torch(answers):
+    code, slow, output = answers[-1]
+    assert (code, "torch" in slow) == (0, False) and "One seed" in output
 
 
 def test_the_import_of_the_package_is_fast():

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from atoll.base.errors import UsageError, did_you_mean
+from atoll.base.errors import RunError, UsageError, did_you_mean
 from atoll.base.lines import Write
 
 
@@ -70,3 +70,20 @@ def no_such_file(path: Path, required: str, line: Callable[[str], Write]) -> Usa
     near = did_you_mean(path.name, os.listdir(path.parent)) if folder == path.parent else ""
     write = line(str(path.with_name(near))) if near else f"ls {shlex.quote(str(folder))}"
     return UsageError(f"There is no file {path}.", f"{required}.", write=write)
+
+
+def write_output(file: Path, data: bytes) -> None:
+    """Write a file, and create its folder if necessary.
+
+    Raises:
+        RunError: the file cannot be written; the old file is unchanged.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, data)
+    except OSError as error:
+        raise RunError(
+            f"{file} could not be written: {error.strerror}.",
+            "free disk space, and write permission.",
+            write=f"df -h {file.parent}",
+        ) from error

@@ -20,7 +20,7 @@ from atoll.runs.summary import called, comparison, confused, grid, judged, near,
 
 def brief(path: Path) -> dict[str, Any]:
     """The summary of a run folder."""
-    run = RunData.read(path)
+    run = RunData.read(path, clients=False)
     best = run.best(run.judged)
     return {
         "run": run.name,

@@ -285,7 +285,7 @@ def _columns(record: RunData) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) in (float, int)  # of JSON, in which a bool is no number
 
 
 def _finite(value: float | None) -> float | None:

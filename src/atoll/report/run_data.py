@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,7 @@ class RunData:
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """The measured columns that contain numbers, in reading order: losses, metrics, the rest."""
-        names = dict.fromkeys(n for row in self.rows for n in row)
+        names = dict.fromkeys(chain.from_iterable(self.rows))
         there = [n for n in names if n not in COUNTS and any(_number(r.get(n)) is not None for r in self.rows)]
         metrics = [n for n in there if n not in OTHER]
         first, after = [n for n in OTHER[:2] if n in there], [n for n in OTHER[2:] if n in there]
@@ -213,9 +214,7 @@ class RunData:
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    return None
+    return float(value) if type(value) in (float, int) else None  # of JSON, in which a bool is no number
 
 
 def _values(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +225,7 @@ def _values(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_round(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return type(value) is int
 
 
 def _text(path: Path) -> str:

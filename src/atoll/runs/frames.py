@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.lines import Line
-from atoll.plan.round import Report
 from atoll.runs.folder import read_rows
+
+if TYPE_CHECKING:
+    from atoll.plan.round import Report
 
 BACKENDS = ("pandas", "polars", "pyarrow")
 Backend = Literal["pandas", "polars", "pyarrow"]

@@ -18,12 +18,12 @@ import torch
 
 from atoll.base import grammar
 from atoll.base.errors import RunError, UsageError
+from atoll.base.files import write_output
 from atoll.base.lines import Line
 from atoll.data.partition import Backdoor, LabelFlip
 from atoll.data.shift import with_trigger
 from atoll.report.chart import Axis, Drawing, Panel, Series
 from atoll.runs.predictor import outputs_of
-from atoll.tools.rebuild import write_output
 from atoll.training.experiment import Experiment
 
 RULES = ("Mean('equal')", "Median()", "TrimmedMean(0.3)", "GeometricMedian()")

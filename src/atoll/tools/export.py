@@ -29,13 +29,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from atoll.base.errors import UsageError, unknown_name
+from atoll.base.files import write_output
 from atoll.base.lines import Change
 from atoll.base.random import Key, user_scope
 from atoll.compute.metric_names import direction
 from atoll.engine.inprocess import InProcessEngine
 from atoll.runs.folder import HIDDEN
 from atoll.runs.personal import ClientModels
-from atoll.tools.rebuild import training_in, write_output
+from atoll.tools.rebuild import training_in
 from atoll.training.evaluation import evaluate
 from atoll.training.personal import held_by_client
 from atoll.training.rounds import Training, start_from

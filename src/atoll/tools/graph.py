@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.base.errors import UsageError
+from atoll.base.files import write_output
 from atoll.base.lines import Line
 from atoll.base.random import Key, user_scope
 from atoll.compute.loss import poisson
@@ -33,7 +34,6 @@ from atoll.data.input import Input, TextColumn
 from atoll.data.rows import numbers
 from atoll.data.scale import standardize
 from atoll.runs.predictor import Predictor
-from atoll.tools.rebuild import write_output
 from atoll.training.experiment import predictor as predictor_of_run
 from atoll.training.rounds import DTYPES
 

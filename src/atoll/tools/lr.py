@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from atoll.base.errors import RunError, UsageError, unknown_name
+from atoll.base.files import write_output
 from atoll.base.lines import Change
 from atoll.base.random import Key, user_scope
 from atoll.data.clients import Clients, offsets_of
@@ -30,7 +31,7 @@ from atoll.plan.round import bind, step
 from atoll.plan.schedule import Schedule
 from atoll.plan.state import State, evaluated_model
 from atoll.report.chart import Axis, Band, Drawing, Mark, Panel, ReferenceLine, Series
-from atoll.tools.rebuild import training_of, write_output
+from atoll.tools.rebuild import training_of
 from atoll.training.evaluation import evaluate
 from atoll.training.experiment import Experiment
 from atoll.training.rounds import Training

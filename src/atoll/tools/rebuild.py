@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll import runs
-from atoll.base.errors import RunError, UsageError
-from atoll.base.files import atomic_write
+from atoll.base.errors import UsageError
 from atoll.engine.inprocess import InProcessEngine
 from atoll.training.experiment import Experiment
 from atoll.training.rounds import Training
@@ -69,20 +68,3 @@ def same_data(folder: Path, training: Training) -> None:
             "other rows give other results.",
             f"atoll show {folder.name}",
         )
-
-
-def write_output(file: Path, data: bytes) -> None:
-    """Write a file, and create its folder if necessary.
-
-    Raises:
-        RunError: the file cannot be written; the old file is unchanged.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, data)
-    except OSError as error:
-        raise RunError(
-            f"{file} could not be written: {error.strerror}.",
-            "free disk space, and write permission.",
-            write=f"df -h {file.parent}",
-        ) from error

@@ -32,13 +32,13 @@ from typing import Any, Protocol
 
 from atoll import runs
 from atoll.base.errors import RunError, UsageError, unknown_name
+from atoll.base.files import write_output
 from atoll.base.lines import Change, Line, quoted
 from atoll.base.markup import mimebundle, preformatted
 from atoll.compute.metric_names import direction
 from atoll.runs.format import format_number, label
 from atoll.runs.labels import Labels
 from atoll.runs.summary import grid
-from atoll.tools.rebuild import write_output
 from atoll.training.experiment import Experiment
 from atoll.training.setting_texts import read_toml, toml
 

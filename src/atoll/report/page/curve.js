@@ -79,7 +79,7 @@ export class Curve {
       this.rebuild();
     }
     const ends = lines.map((line) => line.name + " " + this.form(last(line.y)));
-    this.box.setAttribute("aria-label", visible(this.title + ": " + ends.join(", ") + ". Arrow keys show the values."));
+    this.box.setAttribute("aria-label", visible(this.title + ": " + ends.join(", ") + ". Arrow keys show the values, + and - zoom, Shift with an arrow key moves."));
   }
 
   data() {
@@ -107,7 +107,9 @@ export class Curve {
     const form = X_FORMS[this.x] || number;
     this.plot = new uPlot({
       width, height: 210, legend: { show: false }, padding: [8, 10, 0, 0],
-      cursor: { drag: { x: true, y: false }, points: { size: 7 } },
+      cursor: { drag: { x: true, y: false }, points: { size: 7 }, bind: { mousedown: (_, target, usual) => (event) => {
+        if (event.button === 0 && event.target === target) (event.shiftKey ? this.pan(event) : usual(event));
+      } } },
       scales: { x: { time: false }, y: { distr: this.log ? 3 : 1 } },
       axes: [
         { ...axis, grid: { show: false }, size: 26, values: (_, ticks) => ticks.map((v) => (this.x === "round" && v % 1 ? "" : form(v))) },
@@ -135,10 +137,37 @@ export class Curve {
     this.values.replaceChildren(element("span", { class: "quiet" }, this.x + " " + form(x[index])), ...parts);
   }
 
-  move(event) {
-    if (!this.plot || !["ArrowLeft", "ArrowRight", "Home", "End"].includes(event.key)) return;
+  // Show the rounds from `low` on, `wide` of them, inside of the data.
+  range(low, wide) {
+    const x = this.plot.data[0], first = x[0], end = x[x.length - 1];
+    const min = Math.max(first, Math.min(low, end - wide));
+    this.plot.setScale("x", { min, max: Math.min(end, min + wide) });
+  }
+
+  // Shift and a drag move the zoomed range.
+  pan(event) {
+    const { min, max } = this.plot.scales.x, from = event.clientX, pixels = this.plot.over.clientWidth;
+    const go = (now) => this.range(min - (now.clientX - from) / pixels * (max - min), max - min);
+    const done = () => { removeEventListener("mousemove", go); removeEventListener("mouseup", done); };
+    addEventListener("mousemove", go);
+    addEventListener("mouseup", done);
     event.preventDefault();
-    const x = this.plot.data[0];
+  }
+
+  move(event) {
+    const keys = ["ArrowLeft", "ArrowRight", "Home", "End", "+", "-"];
+    if (!this.plot || event.ctrlKey || event.altKey || event.metaKey || !keys.includes(event.key)) return;
+    event.preventDefault();
+    const x = this.plot.data[0], { min, max } = this.plot.scales.x;
+    if (event.key === "+" || event.key === "-") {
+      const wide = (max - min) * (event.key === "+" ? 0.5 : 2), middle = this.at === undefined ? (min + max) / 2 : x[this.at];
+      this.range(middle - wide / 2, wide);
+      return;
+    }
+    if (event.shiftKey && event.key.startsWith("Arrow")) {
+      this.range(min + (event.key === "ArrowLeft" ? -0.1 : 0.1) * (max - min), max - min);
+      return;
+    }
     const now = this.at === undefined ? x.length - 1 : this.at;
     const step = Math.max(1, Math.round(x.length / 100));
     this.at = { ArrowLeft: now - step, ArrowRight: now + step, Home: 0, End: x.length - 1 }[event.key];

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from atoll.base.errors import UsageError, unknown_name
+from atoll.base.files import write_output
 from atoll.base.lines import Line, quoted
 from atoll.data.cells import Cells, Missing
 from atoll.data.files import stream_table
 from atoll.data.tabular import WHOLE_CLASSES
 from atoll.tools.new import texts
-from atoll.tools.rebuild import write_output
 from atoll.training.experiment import REGRESSION_RECIPE
 
 # Words of column names, the likeliest first. A guess becomes a comment, never a setting.
