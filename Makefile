@@ -56,8 +56,9 @@ check-style:
 	$(PY) tests/surface/prose.py --check
 	$(PYTEST) -q $(CHECKED)
 
-docs: .venv/.docs ## build the pages into docs/_build
+docs: .venv/.docs ## build the pages into docs/_build, and dist/atoll-docs.zip with them
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build
+	$(PY) -c 'import shutil; shutil.make_archive("dist/atoll-docs", "zip", "docs/_build")'
 
 bench: .venv/.dev ## run the programs in benchmarks/, one after the other
 	@set -e; for file in benchmarks/*.py; do [ -f "$$file" ] || continue; echo "== $$file"; $(PY) "$$file"; done
@@ -67,6 +68,8 @@ setup-faces: .venv/.faces ## install the extras of the page, notebooks, trackers
 faces: .venv/.faces ## test them, with Chromium; write twelve pictures of the page to build/faces
 	$(PYTEST) -q tests/surface/test_browser.py tests/surface/test_notebook.py tests/surface/test_track.py tests/surface/test_sweep.py \
 		tests/surface/test_new.py tests/data/test_hub.py
+	$(PIP) -q --no-deps --upgrade --target build/ipykernel6 'ipykernel<7'
+	PYTHONPATH=build/ipykernel6 $(PYTEST) -q tests/surface/test_notebook.py -k kernel
 	$(PY) tests/faces.py build/faces
 
 release: .venv/.release ## build sdist and wheel into dist/, check them, and use the wheel in a new environment

@@ -10,15 +10,19 @@ from sphinx.application import Sphinx
 sys.path.insert(0, str(Path(__file__).parent))
 
 import docstrings
+import inventories
 
 import atoll
 
 project = "atoll"
 version = release = atoll.__version__
 copyright = "the authors of atoll"
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.intersphinx"]
 exclude_patterns = ["_build"]
 nitpicky = False
+intersphinx_mapping = {
+    name: (site, str(inventories.FOLDER / f"{name}.inv")) for name, site in inventories.SITES.items()
+}
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -27,6 +31,7 @@ html_theme = "furo"
 html_title = "atoll"
 html_static_path = ["_static"]
 html_css_files = ["atoll.css"]
+html_js_files = ["copy.js"]
 html_copy_source = False
 html_show_sphinx = False
 html_math_renderer = "mathml"

@@ -10,20 +10,24 @@ import re
 from collections.abc import Iterator
 from itertools import groupby
 
+from inventories import target
+
 SECTION = re.compile(r"(Args|Returns|Raises|Example|References?):\s*(.*)")
 ARGUMENT = re.compile(r"([\w, ]+|\*{0,2}\w+): (.*)")
 WIDE = "\u2002" * 3
 
 
 def plain(text: str) -> str:
-    """Escape all markup except backticks, which mark code.
+    """Escape all markup except backticks, which mark code. A name of another library becomes a link to its manual.
 
     >>> print(plain("|θ*|, and `a_`"))
     \\|θ\\*\\|, and ``a_``
+    >>> print(plain("a `nn.Module`"))
+    a :py:obj:`nn.Module <torch.nn.Module>`
     """
     parts = re.split(r"`+([^`]+)`+", text)
     parts[::2] = (re.sub(r"([\\*|_])", r"\\\1", part) for part in parts[::2])
-    parts[1::2] = (f"``{part}``" for part in parts[1::2])
+    parts[1::2] = (f":py:obj:`{t} <{full}>`" if (full := target(t)) else f"``{t}``" for t in parts[1::2])
     return "".join(part if i % 2 == 0 else part + ("\\ " if follows(parts, i) else "") for i, part in enumerate(parts))
 
 

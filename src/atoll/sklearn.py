@@ -32,6 +32,7 @@ from atoll.data.arrays import arrays, tensor_of
 from atoll.data.clients import Clients
 from atoll.data.input import Input
 from atoll.runs.predictor import outputs_of
+from atoll.training.rounds import plan_from_text
 from atoll.training.train import train
 
 Array = NDArray[Any]
@@ -65,10 +66,19 @@ def _clients(estimator: Any, X: Array, y: Array, owner: ArrayLike | None, classe
 
 def _train(estimator: Any, data: Clients, model: Any, rounds: int) -> None:
     """Train, and store what the run gave."""
+    recipe = estimator.recipe
+    plan = plan_from_text(recipe) if isinstance(recipe, str) else recipe
+    if plan.releases and estimator.scale != "none" and estimator.input is None:
+        raise UsageError(
+            f"scale = {estimator.scale!r} with a noised plan.",
+            "an input file, or scaled columns and scale = 'none'.",
+            "means and deviations are computed from the rows of the clients, outside the accountant.",
+            Change("input", "input.json"),
+        )
     run = train(
         model,
         data,
-        estimator.recipe,
+        plan,
         out=estimator.out,
         report=False,
         progress="none",

@@ -1,6 +1,8 @@
 """Progress and HTML views of Python: names, notebooks, errors of a view, observers, escaped text."""
 
+import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -88,3 +90,69 @@ def test_html_views_are_escaped_and_bounded(data, tmp_path):
     for text in (report._repr_html_(), preformatted("<b>" * 90_000), html_table("a", [list(HOSTILE)] * 5000)):
         assert len(text.encode()) <= 60_000
         assert set(re.findall(r"<(\w+)", text)) <= {"pre", "table", "caption", "tr", "th", "td", "p"}
+
+
+# Notebooks in a kernel. `make faces` runs these tests twice, with ipykernel 6 and 7.
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "docs" / "notebooks").glob("*.ipynb"))
+VIEWS = """
+import ipykernel, atoll
+print("ipykernel", ipykernel.__version__)
+data = atoll.data.load("wine").split(clients=5)
+plan = atoll.recipes.fedavg(0.1)
+run = atoll.train("softmax", data, plan, rounds=30, report=False, baselines=True)
+print(max(len(repr(each)) for each in (run, plan, data)))
+"""
+
+
+def executed(notebook, folder):
+    """The outputs of each cell with code, by MIME type; an error of a cell is raised."""
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: make setup-faces")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed: make setup-faces")
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [[dict(o.get("data", {"text/plain": o.get("text", "")})) for o in cell.outputs] for cell in cells]
+
+
+def check_outputs(cells):
+    for outputs in cells:
+        for output in outputs:
+            assert all(len(text) <= 60_000 and "<script" not in text for text in output.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
+def test_progress_and_views_in_a_kernel(tmp_path):
+    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed: make setup-faces")
+    new = nbformat.v4
+    cells = [new.new_code_cell(text) for text in (VIEWS, "run", "plan", "data")]
+    first, *views = executed(new.new_notebook(cells=cells), tmp_path)
+    check_outputs([first, *views])
+    text = " ".join(output["text/plain"] for output in first if "text/html" not in output)
+    (version,) = re.findall(r"ipykernel (\d+)\.", text)
+    print("ipykernel", version)
+    assert int(text.split()[-1]) <= 400
+    (shown,) = [output["text/html"] for output in first if "text/html" in output]  # one view, updated in its place
+    assert "training on wine" in shown and "done: " in shown
+    for (output,) in views:
+        assert {"text/plain", "text/html"} <= set(output) and len(output["text/html"]) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
+def test_the_notebooks_of_the_manual_run(path, tmp_path):
+    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed: make setup-faces")
+    notebook = nbformat.read(path, as_version=4)
+    assert not any(cell.outputs for cell in notebook.cells if cell.cell_type == "code")
+    check_outputs(executed(notebook, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_the_code_of_the_notebooks_runs_without_a_kernel(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {}
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), space)

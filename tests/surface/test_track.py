@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from memory_tracker import Memory
 
 import atoll
 from atoll.base.errors import Note, UsageError
@@ -15,43 +16,6 @@ from atoll.runs import last_end, list_runs, read_rows
 from atoll.track.tracking import STATE, Tracking, tracker
 
 PLAN = "fedavg(lr=0.1)"
-
-
-class Memory:
-    """A tracker of this process: its runs by id. `fails` is the round at which it raises."""
-
-    def __init__(self, clients=False, fails=None, reads=True):
-        self.clients, self.fails, self.reads, self.runs, self.opened = clients, fails, reads, {}, []
-
-    def __repr__(self):
-        return "Memory()"
-
-    def check_tracker(self):
-        self.checked = True
-
-    def open_session(self, files, known, first):
-        self.opened.append((known, first))
-        key = known or f"run-{len(self.runs)}"
-        self.runs.setdefault(key, {"rows": [], "parameters": files.parameters(), "status": "running", "files": []})
-        return Session(self, key)
-
-
-class Session:
-    def __init__(self, tracker, key):
-        self.tracker, self.id, self.run = tracker, key, tracker.runs[key]
-
-    @property
-    def last(self):
-        return max((at for at, _ in self.run["rows"]), default=-1) if self.tracker.reads else None
-
-    def log(self, rows):
-        for at, values in rows:
-            if at == self.tracker.fails:
-                raise OSError("the store is full")
-            self.run["rows"].append((at, dict(values)))
-
-    def close(self, status, files):
-        self.run |= {"status": status, "files": [] if files is None else [p.name for p in files.artifacts()]}
 
 
 @pytest.fixture(scope="module")
