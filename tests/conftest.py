@@ -24,7 +24,7 @@ from atoll.base.lines import forms
 
 NO_HURRY = [HealthCheck.too_slow]
 settings.register_profile("same", derandomize=True, deadline=None, max_examples=50, suppress_health_check=NO_HURRY)
-settings.register_profile("quick", settings.get_profile("same"), max_examples=6)
+settings.register_profile("quick", settings.get_profile("same"), max_examples=4)
 settings.register_profile("search", deadline=None, max_examples=1000, suppress_health_check=NO_HURRY)
 
 

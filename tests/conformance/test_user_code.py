@@ -81,7 +81,7 @@ def used(make):
 TRAINED = [c for c in MODULES.values() if not c.refused]
 
 
-@pytest.mark.parametrize("case", one_in(3, TRAINED), ids=name_of)
+@pytest.mark.parametrize("case", one_in(5, TRAINED), ids=name_of)
 @pytest.mark.filterwarnings("ignore::atoll.Note")
 def test_the_loop_equals_plain_autograd_and_other_backends_equal_the_loop(case):
     rounds = 2 if case.joined else 1
@@ -106,7 +106,7 @@ def test_the_loop_equals_plain_autograd_in_float64(case):
     assert distance(loop, joined(case, reference(case, data, rounds, torch.float64))) <= 1e-12
 
 
-@pytest.mark.parametrize("case", one_in(5, [c for c in TRAINED if not c.draws]), ids=name_of)
+@pytest.mark.parametrize("case", one_in(9, [c for c in TRAINED if not c.draws]), ids=name_of)
 @pytest.mark.filterwarnings("ignore::atoll.Note")
 def test_an_earlier_pass_of_the_module_changes_no_training(case):
     case, rounds = replace(case, make=used(case.make)), 2 if case.joined else 1

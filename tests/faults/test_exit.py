@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from network import eventually
+from quick_cases import by_turns
 from sites import Served, experiment, write_tables
 
 from atoll.data import csv
@@ -74,8 +75,7 @@ def contexts(folder):
     return identity.server_context(*paths), identity.client_context(None, None, paths[2])
 
 
-@pytest.mark.parametrize("stage", ["no handshake", "silent", "full"])
-@pytest.mark.parametrize("side", ["server", "client"])
+@pytest.mark.parametrize(("side", "stage"), by_turns(["server", "client"], ["no handshake", "silent", "full"]))
 def test_a_loop_closes_the_connections_of_a_silent_peer(tmp_path, side, stage):
     """The peer answers no handshake, or no end of a connection; or it reads nothing, so that the buffers are full."""
     at_server, at_client = contexts(tmp_path)

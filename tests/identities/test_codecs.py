@@ -72,7 +72,7 @@ CHAINS = [
     EF21(TopK(0.1)) >> Entropy(1),
 ]
 EVERY = pytest.mark.parametrize("codec", PLAIN + CHAINS, ids=repr)
-HALF = pytest.mark.parametrize("codec", one_in(2, CHAINS + PLAIN), ids=repr)
+SOME = pytest.mark.parametrize("codec", one_in(3, CHAINS + PLAIN), ids=repr)
 
 
 def draw(k: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Key]:
@@ -141,7 +141,7 @@ def test_messages_of_another_length_are_refused(codec):
             codec.from_bytes([good, bad])
 
 
-@HALF
+@SOME
 def test_an_altered_message_is_refused_or_decodes_to_its_fields(codec):
     """Any bytes of the right length decode to a message that encodes to the same bytes, or they are refused."""
     x, key = draw(1, 70)
@@ -201,7 +201,7 @@ def test_hostile_fields_are_refused_by_name():
 # ---- lanes
 
 
-@pytest.mark.parametrize(("codec", "d"), one_in(2, by_turns(PLAIN + CHAINS, [70_000, 1000])))
+@pytest.mark.parametrize(("codec", "d"), one_in(4, by_turns(PLAIN + CHAINS, [70_000, 1000])))
 def test_a_lane_depends_on_its_own_client_alone(codec, d):
     x, key = draw(5, d)
     codec, memory, shared = start(codec, d, 5)
@@ -218,7 +218,7 @@ def test_a_lane_depends_on_its_own_client_alone(codec, d):
         assert all(same(a[rows], b) for a, b in zip(together, run(rows), strict=True))
 
 
-@HALF
+@SOME
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_arrives_and_changes_no_other(codec, bad):
     x, key = draw(3, 3000)
@@ -235,7 +235,7 @@ def test_zero_arrives_as_zero(codec):
     assert not send(codec, torch.zeros(2, 3000), key).any()
 
 
-@HALF
+@SOME
 @pytest.mark.parametrize("power", [-60, 60])
 def test_scaling_by_a_power_of_two_scales_the_decoded_update(codec, power):
     x, key = draw(2, 3000)

@@ -123,7 +123,7 @@ def test_every_recipe_is_here():
 
 
 @pytest.mark.usefixtures("known_secrets")
-@pytest.mark.parametrize(("name", "body"), one_in(5, by_turns(RECIPES, BODIES)))
+@pytest.mark.parametrize(("name", "body"), one_in(8, by_turns(RECIPES, BODIES)))
 def test_every_recipe(name, body):
     plan, data = RECIPES[name], classification(SIZES if name not in ("gd", "sgd") else (30,))
     check(plan, mlp() if name != "newton" else nn.Linear(4, 3), data, body)

@@ -110,6 +110,7 @@ def test_agnostic_training_ends_at_the_minimax_point():
     assert reports[-1].clients["mixture"].tolist() == pytest.approx(weights.tolist(), abs=0.02)
 
 
+@pytest.mark.slow
 def test_fair_weights_raise_the_worst_accuracy():
     """benchmarks/fairness.py has five seeds."""
     data, words = opposed_groups(0), {"epochs": 1, "batch": 50}
@@ -121,6 +122,7 @@ def test_fair_weights_raise_the_worst_accuracy():
     assert agnostic["accuracy_min"] > mean["accuracy_min"] + 0.05
 
 
+@pytest.mark.slow
 def test_selection_by_loss_needs_fewer_rounds():
     uniform, by_loss = (
         rounds_to(trained(slow_group(1), recipes.fedavg(0.3, epochs=1, batch=10, cohort=cohort), 20), 0.12)

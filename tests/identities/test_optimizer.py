@@ -101,7 +101,7 @@ def test_every_optimizer_is_in_the_table():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("d", [1, 7, 33, 1001])
+@pytest.mark.parametrize("d", only([1, 1001], [1, 7, 33, 1001]))
 @pytest.mark.parametrize(
     ("optimizer", "cls", "words"), [row for row in TABLE if row[1]], ids=[repr(row[0]) for row in TABLE if row[1]]
 )

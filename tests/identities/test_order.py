@@ -100,7 +100,7 @@ LOCAL = (recipes.diloco, recipes.local_sgd, recipes.post_local_sgd)
 
 
 @pytest.mark.usefixtures("known_secrets")
-@pytest.mark.parametrize(("recipe", "body"), one_in(3, by_turns(WITHOUT_CLASSES, ["lanes", "loop"])))
+@pytest.mark.parametrize(("recipe", "body"), one_in(6, by_turns(WITHOUT_CLASSES, ["lanes", "loop"])))
 def test_no_recipe_knows_an_order(recipe, body):
     data = regression(SIZES)
     task = task_of(seeded(nn.Linear, 3, 1), data, body)

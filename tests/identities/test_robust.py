@@ -272,7 +272,7 @@ def trained(rule, rounds=2, local=None, **slots):
     return run(Plan(local, rule, **slots), engine, rounds)[0].model
 
 
-@pytest.mark.parametrize("rule", one_in(3, [Bulyan(1) if rule == Bulyan(2) else rule for rule in RULES]), ids=repr)
+@pytest.mark.parametrize("rule", one_in(6, [Bulyan(1) if rule == Bulyan(2) else rule for rule in RULES]), ids=repr)
 def test_chunks_change_no_bit(rule):
     one, all_ = (trained(rule, chunk=chunk) for chunk in (1, None))
     assert torch.equal(one.theta, all_.theta) and torch.equal(one.buffers, all_.buffers)

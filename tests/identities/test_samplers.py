@@ -59,7 +59,7 @@ def small(sampler, round=0):
     return cohorts(sampler, SMALL, DRAWS, round)
 
 
-@pytest.mark.parametrize("sampler", only(QUICK, SAMPLERS), ids=repr)
+@pytest.mark.parametrize("sampler", one_in(2, only(QUICK, SAMPLERS)), ids=repr)
 def test_chances_are_those_that_are_stated(sampler):
     for round in (0, 1) if isinstance(sampler, RoundRobin) else (0,):
         drawn = small(sampler, round)
@@ -69,7 +69,7 @@ def test_chances_are_those_that_are_stated(sampler):
             assert abs(got - p) <= band(p, DRAWS)
 
 
-@pytest.mark.parametrize("sampler", only(QUICK, SAMPLERS), ids=repr)
+@pytest.mark.parametrize("sampler", one_in(2, only(QUICK, SAMPLERS)), ids=repr)
 def test_a_cohort_is_sorted_without_repetition_and_of_the_stated_size(sampler):
     for cohort in small(sampler)[:100]:
         assert cohort.ids.dtype == torch.int64 and cohort.chance.dtype == torch.float64
@@ -177,7 +177,7 @@ def off(values, expected):
     return abs(float(values.mean()) - expected) / error
 
 
-@pytest.mark.parametrize(("sampler", "weights"), one_in(2, by_turns(SAMPLERS, ["examples", "equal"])), ids=repr)
+@pytest.mark.parametrize(("sampler", "weights"), one_in(3, by_turns(SAMPLERS, ["examples", "equal"])), ids=repr)
 def test_over_expected_is_unbiased(sampler, weights):
     """E g = Σ wᵢgᵢ / Σ wᵢ for every sampler, also if the chances differ and one client is certain."""
     assert off([*updates(Mean(weights=weights, over="expected"), sampler, 200)], target(weights)) <= 3
