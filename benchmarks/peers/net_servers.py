@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import ssl
 import time
@@ -18,7 +17,7 @@ from atoll.net.client import own_versions
 from atoll.net.coordinator import Coordinator, Limits
 from atoll.net.engine import ServerEngine
 from atoll.net.home import ServerHome
-from atoll.net.loop import run_loop
+from atoll.net.loop import collect_rarely, run_loop
 from atoll.net.rounds import RoundStore
 from atoll.net.server import Listener
 from atoll.net.spec import Server
@@ -58,7 +57,7 @@ def reset_peak() -> None:
 
 def transport(pipe: Any, home: Path, clients: int, down: int, up: int, window: int = 256 << 20) -> None:
     """A server without `step`: rounds of the coordinator, each committed. Commands: a number of rounds, stop."""
-    gc.freeze()  # as `atoll serve` does
+    collect_rarely()  # as `atoll serve` does
     at = ServerHome.open(home)
     epoch = at.database.begin_epoch(int(time.time()))
     coordinator = Coordinator(epoch, at.database.federation, own_versions(), Limits(window=window))
@@ -161,7 +160,7 @@ def real(pipe: Any, home: Path, settings: dict[str, str], block: int, spec: dict
                 lag[0].seconds.clear()
                 moments.append(time.perf_counter())
 
-    gc.freeze()  # as `atoll serve` does
+    collect_rarely()  # as `atoll serve` does
     original = ServerEngine.begin
     ServerEngine.begin = begin  # type: ignore[method-assign]
     ServerEngine.gather = timed(ServerEngine.gather, gathers)  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
@@ -313,3 +314,17 @@ def test_failed_enrolments_of_an_address_are_limited(peer):
     peer.net._tries.clear()
     sent = request("POST", "/v1/enrol", f"Content-Length: {len(body)}") + body
     assert [peer.answer(None, sent) for _ in range(12)] == [403] * 10 + [429] * 2
+
+
+def test_a_granted_upload_without_progress_ends_and_loses_its_bytes(peer, monkeypatch):
+    monkeypatch.setattr(peer.coordinator, "limits", replace(peer.coordinator.limits, stall_s=0.2))
+    me = peer.certificates["honest"]
+    with peer.link(me) as link, peer.connect(me) as upload:
+        link.sendall(framed(hello()) + framed(wire.encode_frame(wire.Ready(peer.blob.hash, 10, 0))))
+        assert eventually(lambda: peer.coordinator.present == (0,))
+        lease = wire.Lease(1, peer.coordinator._clients[0].works[WORK].lease)
+        link.sendall(framed(wire.encode_frame(wire.Sent(WORK, lease, None, SIZE, bytes(32)))))
+        assert eventually(lambda: peer.coordinator.announced(0, WORK))
+        upload.sendall(request("PUT", OWN, RANGE, f"Content-Length: {SIZE}") + bytes(SIZE // 2))
+        assert upload.recv(4096).startswith(b"HTTP/1.1 503")
+    assert eventually(lambda: not peer.net._partial) and peer.coordinator.in_flight == 0

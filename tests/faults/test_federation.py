@@ -1,7 +1,9 @@
 """A server and clients in one process, over TLS on loopback: bits, bytes, refusals and routes."""
 
+import asyncio
 import http.client
 import json
+import socket
 import ssl
 import threading
 from dataclasses import replace
@@ -16,6 +18,7 @@ from atoll.base.errors import UsageError
 from atoll.net import identity
 from atoll.net.home import ServerHome
 from atoll.net.join import join_federation
+from atoll.net.server import _listening
 from atoll.net.spec import Server
 from atoll.training.experiment import Experiment
 from atoll.training.serve import serve_run
@@ -157,6 +160,26 @@ ROUTES = [
     ("HEAD", "/v1/messages/" + "0" * 32),
     ("POST", "/v1/renew"),
 ]
+
+
+def test_a_server_listens_at_all_addresses_of_its_host_that_this_machine_has(monkeypatch):
+    there = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (at, 0)) for at in ("192.0.2.1", "127.0.0.1", "127.0.0.2")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: there)
+    opened = asyncio.run(_listening("server.example", 0))
+    try:
+        places = [one.getsockname() for one in opened]
+        assert [host for host, _ in places] == ["127.0.0.1", "127.0.0.2"] and len({port for _, port in places}) == 1
+        opened[0].close()
+        with pytest.raises(OSError, match="in use"):
+            asyncio.run(_listening("server.example", places[1][1]))
+        with socket.create_server(places[0]):
+            pass  # the first address is free again
+    finally:
+        for one in opened:
+            one.close()
+    there[:] = there[:1]
+    with pytest.raises(OSError, match="assign requested address"):
+        asyncio.run(_listening("server.example", 0))
 
 
 def test_no_route_admits_a_peer_without_a_valid_certificate(tmp_path):

@@ -9,6 +9,7 @@ import asyncio
 import atexit
 import contextlib
 import functools
+import gc
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 EXIT_S = 10.0  # seconds in which a thread can end when the interpreter exits
 CLOSE_S = 0.1  # seconds in which a peer can answer the end of its connection, before the connection is aborted
+COLLECT_EVERY = 20_000  # allocations
 ABORT_S = 5.0  # seconds in which the loop can close aborted connections; it takes a few iterations
 
 
@@ -59,6 +61,24 @@ def run_loop(work: Coroutine[Any, Any, T], end: Callable[[], None] | None = None
             return runner.run(work)
         finally:
             runner.run(links.end())
+
+
+def collect_rarely() -> None:
+    """Let the garbage collector pass over all objects of now, and look for cycles after many allocations only.
+
+    The connections of a server are objects that live long. With the default of 700 allocations the search for cycles
+    takes a sixth of the CPU of a server that receives updates.
+
+    Example:
+        >>> before = gc.get_threshold()
+        >>> collect_rarely()
+        >>> gc.get_threshold()[0]
+        20000
+        >>> gc.set_threshold(*before)
+        >>> gc.unfreeze()
+    """
+    gc.freeze()
+    gc.set_threshold(COLLECT_EVERY, 20, 20)
 
 
 class Links:

@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import queue
+import re
 import socket
 import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -137,7 +139,7 @@ class Listener:
         self._opened: dict[Any, float] = {}  # the open connections
         self._guarded = 0.0
         self._spoke: set[Any] = set()  # those with a request
-        self._runner: web.AppRunner | None = None
+        self._server: web.Server | None = None
         self.lag = 0.0  # seconds by which the last timer was late
         self._watchdog, self._signed = systemd.watchdog_s(), 0.0
         self.seen: dict[int, float] = {}
@@ -265,39 +267,27 @@ class Listener:
     async def _serve(self, host: str, port: int, started: queue.SimpleQueue[str | BaseException]) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping, self._wakes, self._emptied = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        app = web.Application(client_max_size=1 << 16, middlewares=[self._first_request])
-        app.add_routes(
-            [
-                web.get("/healthz", self._healthz),
-                web.get("/v1/ca", self._ca),
-                web.post("/v1/enrol", self._enrol),
-                web.post("/v1/renew", self._renew),
-                web.get("/v1/link", self._link),
-                web.get("/v1/blobs/{hash:[0-9a-f]{64}}", self._blob, allow_head=False),
-                web.head("/v1/messages/{work:[0-9a-f]{32}}", self._offset),
-                web.put("/v1/messages/{work:[0-9a-f]{32}}", self._put, expect_handler=_no_continue),
-            ]
-        )
-        runner = web.AppRunner(
-            app,
+        # The routes are few, and an application of aiohttp would take a third of the CPU of a short request.
+        serving = web.Server(
+            self._answer,
+            request_factory=self._request,
             auto_decompress=False,
             keepalive_timeout=75,
             lingering_time=1,  # for the rest of a body that was refused
             access_log=None,
-            handle_signals=False,
-            shutdown_timeout=1,
         )
+        runner = web.ServerRunner(serving, shutdown_timeout=1)
         await runner.setup()
-        listening: socket.socket | None = None
-        accepting: asyncio.Task[None] | None = None
+        listening: list[socket.socket] = []
+        accepting: list[asyncio.Task[None]] = []
         try:
             self._rotate = self._rotation(host) if self.files is None else self._reloading(self.files)
             context, listening = self._rotate(), await _listening(host, port)
-            self._runner = runner
-            bound = listening.getsockname()
+            self._server = serving
+            bound = listening[0].getsockname()
             shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
             started.put(f"{shown}:{bound[1]}")
-            accepting = asyncio.create_task(self._accept(listening, required(runner.server, "HTTP server"), context))
+            accepting = [asyncio.create_task(self._accept(one, serving, context)) for one in listening]
             timer = asyncio.create_task(self._timer())
             await self._stopping.wait()
             wakes = required(self._wakes, "event loop")
@@ -309,11 +299,12 @@ class Listener:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._emptied.wait(), 5)
         finally:
-            if accepting is not None:
-                accepting.cancel()
-                await asyncio.wait([accepting])
-            if listening is not None:
-                listening.close()
+            for task in accepting:
+                task.cancel()
+            if accepting:
+                await asyncio.wait(accepting)
+            for one in listening:
+                one.close()
             await runner.cleanup()
 
     async def _accept(self, listening: socket.socket, make: Any, context: ssl.SSLContext) -> None:
@@ -378,17 +369,26 @@ class Listener:
 
         return reload
 
-    @web.middleware
-    async def _first_request(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        """Note that the head of a request has arrived on a connection."""
-        self._spoke.add(request.protocol)
-        answer: web.StreamResponse = await handler(request)
+    def _request(self, message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+        """A request whose head has arrived on a connection."""
+        self._spoke.add(protocol)
+        loop = required(self._loop, "event loop")
+        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=1 << 16)
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Call the handler of a route, with the hash or the work at the end of the path."""
+        named = _NAMED.fullmatch(request.path)
+        path, name = (named[1], named[2]) if named else (request.path, "")
+        handler = _ROUTES.get((request.method, path, len(name)))
+        if handler is None:
+            raise web.HTTPNotFound()
+        answer: web.StreamResponse = await handler(self, request, bytes.fromhex(name))
         return answer
 
     @property
     def connections(self) -> Sequence[Any]:
         """The open connections, the oldest first."""
-        return [] if self._runner is None or self._runner.server is None else self._runner.server.connections
+        return [] if self._server is None else self._server.connections
 
     def _guard(self) -> None:
         """End connections without a request, and the newest ones beyond the limit; renew the certificate in time."""
@@ -546,7 +546,7 @@ class Listener:
 
     # channels
 
-    def _peer(self, request: web.Request) -> tuple[ClientRecord, identity.Peer]:
+    def _peer(self, request: web.BaseRequest) -> tuple[ClientRecord, identity.Peer]:
         """The client with the certificate of this connection.
 
         Raises:
@@ -564,7 +564,7 @@ class Listener:
             raise web.HTTPForbidden(text="no client of this federation has this certificate")
         return client, peer
 
-    async def _link(self, request: web.Request) -> web.StreamResponse:
+    async def _link(self, request: web.BaseRequest, _: bytes) -> web.StreamResponse:
         client, peer = self._peer(request)
         socket = web.WebSocketResponse(
             heartbeat=PING_S, autoping=True, compress=False, max_msg_size=wire.MAX_FRAME, timeout=5.0
@@ -621,15 +621,15 @@ class Listener:
 
     # enrolment
 
-    async def _healthz(self, request: web.Request) -> web.Response:
+    async def _healthz(self, request: web.BaseRequest, _: bytes) -> web.Response:
         return web.Response(text="ok")
 
-    async def _ca(self, request: web.Request) -> web.Response:
+    async def _ca(self, request: web.BaseRequest, _: bytes) -> web.Response:
         if self.files is not None:
             return _refused(403, *_INSTITUTION)
         return web.Response(body=identity.certificate_pem(self.authority.certificate))
 
-    async def _enrol(self, request: web.Request) -> web.Response:
+    async def _enrol(self, request: web.BaseRequest, _: bytes) -> web.Response:
         """Exchange a token for a certificate. An address has ten failed tries a minute."""
         address, now = request.remote or "", time.monotonic()
         tries = self._tries.setdefault(address, deque())
@@ -670,19 +670,19 @@ class Listener:
 
         return lambda: self.store.enrol(name, secret, pem, int(time.time()), signed, key).certificate
 
-    def _named(self, request: web.Request) -> str | None:
+    def _named(self, request: web.BaseRequest) -> str | None:
         """The name of the client with the certificate of this connection; None if there is none."""
         with contextlib.suppress(web.HTTPException):
             return self._peer(request)[0].name
         return None
 
-    def _bind(self, request: web.Request, name: str, secret: bytes, pem: bytes, key: bytes) -> Callable[[], bytes]:
+    def _bind(self, request: web.BaseRequest, name: str, secret: bytes, pem: bytes, key: bytes) -> Callable[[], bytes]:
         """Use a token for a client that has a certificate of its institution: it registers the identity key."""
         _, peer = self._peer(request)
         der = required(request.transport, "connection").get_extra_info("ssl_object").getpeercert(binary_form=True)
         return lambda: self.store.enrol(name, secret, pem, int(time.time()), lambda: (der, peer), key).certificate
 
-    async def _renew(self, request: web.Request) -> web.Response:
+    async def _renew(self, request: web.BaseRequest, _: bytes) -> web.Response:
         client, peer = self._peer(request)
         try:
             async with asyncio.timeout(BODY_S):
@@ -703,10 +703,9 @@ class Listener:
 
     # bodies
 
-    async def _blob(self, request: web.Request) -> web.StreamResponse:
+    async def _blob(self, request: web.BaseRequest, hash: bytes) -> web.StreamResponse:
         """Bytes that a message to this client names, from the start of its range."""
         client, _ = self._peer(request)
-        hash = bytes.fromhex(request.match_info["hash"])
         with self._lock:
             data = self.blobs.get(hash) if self.coordinator.may_read(client.id, hash) else None
         if data is None:
@@ -732,19 +731,17 @@ class Listener:
         await answer.write_eof()
         return answer
 
-    async def _offset(self, request: web.Request) -> web.Response:
+    async def _offset(self, request: web.BaseRequest, work: bytes) -> web.Response:
         client, _ = self._peer(request)
-        work = bytes.fromhex(request.match_info["work"])
         with self._lock:
             announced = self.coordinator.announced(client.id, work)
         partial = self._partial.get(work)
         have = partial.filled if announced is not None and partial is not None else 0
         return web.Response(status=204, headers={"Upload-Offset": str(have)})  # a 200 would end the connection
 
-    async def _put(self, request: web.Request) -> web.Response:
+    async def _put(self, request: web.BaseRequest, work: bytes) -> web.Response:
         """Receive a long message after its grant."""
         client, _ = self._peer(request)
-        work = bytes.fromhex(request.match_info["work"])
         if request.headers.get("Content-Encoding"):
             raise web.HTTPUnsupportedMediaType()
         if request.content_length is None:
@@ -758,7 +755,7 @@ class Listener:
         if start != have or request.content_length != total - start:
             return web.Response(status=416, headers={"Upload-Offset": str(have)})
         self._count += 1
-        upload = _Upload(self._count, client.id, work, asyncio.get_running_loop().create_future())
+        upload = _Upload(self._count, client.id, work, asyncio.get_running_loop().create_future(), request.content)
         self._uploads[upload.number] = upload
         try:
             self._event(events.Offered(upload.number, client.id, work))
@@ -768,7 +765,7 @@ class Listener:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n") if _expects(request) else None
             partial = self._partial.get(work) or self._partial.setdefault(work, _Partial(bytearray(total)))
             upload.decided = asyncio.get_running_loop().create_future()
-            await self._read_body(request, upload, partial)
+            await self._read_body(upload, partial)
             self._partial.pop(work, None)
             data = partial.data
             del partial
@@ -783,37 +780,40 @@ class Listener:
             if total > HASH_APART and self._is_crowded():
                 done.force_close()  # it has the buffers of a long upload, which idle connections would keep
             return done
+        except _EndedError:  # after 503 the client connects and sends it again
+            code = upload.decided.result()
+            ended = web.Response(status=503 if code == "quota" else wire.HTTP_STATUS[code], text=code)
+            ended.force_close()
+            return ended
         except (ConnectionError, TimeoutError, asyncio.CancelledError):
             self._event(events.Aborted(upload.number))
             raise
         finally:
             self._uploads.pop(upload.number, None)
 
-    async def _read_body(self, request: web.Request, upload: _Upload, partial: _Partial) -> None:
-        view, total, clock = memoryview(partial.data), len(partial.data), time.monotonic
+    async def _read_body(self, upload: _Upload, partial: _Partial) -> None:
+        """Read the rest of a message. The coordinator ends an upload without progress (`_settle_upload`)."""
+        upload.reading, view, total, clock = True, memoryview(partial.data), len(partial.data), time.monotonic
         reported = clock()
         due, least, sent = reported + BODY_S, partial.filled + FLOOR, partial.filled
-        async with asyncio.timeout(BODY_S) as limit:
-            while partial.filled < total:
-                piece = await request.content.readany()
-                now = clock()
-                if now >= due:
-                    if partial.filled < least:
-                        raise ConnectionResetError("the upload is too slow")
-                    due, least = now + BODY_S, partial.filled + FLOOR
-                end = partial.filled + len(piece)
-                if not piece:
-                    raise ConnectionResetError("the upload ended early")
-                if end > total:
-                    raise web.HTTPRequestEntityTooLarge(max_size=total, actual_size=end)
-                view[partial.filled : end] = piece
-                partial.filled = end
-                if now - reported >= PROGRESS_S:  # the coordinator waits for longer, and a fast upload has many pieces
-                    self._event(events.UploadProgress(upload.number, end - sent))
-                    reported, sent = now, end
-                    limit.reschedule(asyncio.get_running_loop().time() + BODY_S)
-                if upload.decided.done():
-                    raise ConnectionResetError("the upload was ended")
+        while partial.filled < total:
+            piece = await upload.content.readany()
+            now = clock()
+            if now >= due:
+                if partial.filled < least:
+                    raise ConnectionResetError("the upload is too slow")
+                due, least = now + BODY_S, partial.filled + FLOOR
+            end = partial.filled + len(piece)
+            if not piece:
+                raise ConnectionResetError("the upload ended early")
+            if end > total:
+                raise web.HTTPRequestEntityTooLarge(max_size=total, actual_size=end)
+            view[partial.filled : end] = piece
+            partial.filled = end
+            if now - reported >= PROGRESS_S:  # the coordinator waits for longer, and a fast upload has many pieces
+                self._event(events.UploadProgress(upload.number, end - sent))
+                reported, sent = now, end
+        upload.reading = False
 
     def _is_crowded(self) -> bool:
         return len(self.connections) > MANY
@@ -822,6 +822,8 @@ class Listener:
         upload = self._uploads.get(number)
         if upload is not None and not upload.decided.done():
             upload.decided.set_result(code)
+            if upload.reading:
+                upload.content.set_exception(_EndedError())
 
 
 def _without_settled(actions: list[Any]) -> list[Any]:
@@ -843,6 +845,10 @@ def _without_settled(actions: list[Any]) -> list[Any]:
     ]
 
 
+class _EndedError(Exception):
+    """The coordinator has ended an upload."""
+
+
 @dataclass(eq=False)
 class _Partial:
     """The bytes of an upload that have arrived, in a buffer of its length."""
@@ -857,17 +863,28 @@ class _Upload:
     client: int
     work: bytes
     decided: asyncio.Future[Any]
+    content: Any  # the stream of its body
+    reading: bool = False
 
 
-def _expects(request: web.Request) -> bool:
+def _expects(request: web.BaseRequest) -> bool:
     return request.headers.get("Expect", "").lower() == "100-continue"
 
 
-async def _no_continue(request: web.Request) -> None:
-    """The answer to `Expect: 100-continue` waits for the grant of the upload."""
+_NAMED = re.compile("(/v1/blobs/|/v1/messages/)([0-9a-f]{32}|[0-9a-f]{64})")
+_ROUTES: Mapping[tuple[str, str, int], Callable[..., Any]] = {  # a method, a path, and the digits after it
+    ("GET", "/healthz", 0): Listener._healthz,
+    ("GET", "/v1/ca", 0): Listener._ca,
+    ("POST", "/v1/enrol", 0): Listener._enrol,
+    ("POST", "/v1/renew", 0): Listener._renew,
+    ("GET", "/v1/link", 0): Listener._link,
+    ("GET", "/v1/blobs/", 64): Listener._blob,
+    ("HEAD", "/v1/messages/", 32): Listener._offset,
+    ("PUT", "/v1/messages/", 32): Listener._put,
+}
 
 
-def _range(request: web.Request) -> tuple[int, int]:
+def _range(request: web.BaseRequest) -> tuple[int, int]:
     """The first byte of an upload, and its whole length."""
     text = request.headers.get("Content-Range", "")
     with contextlib.suppress(ValueError):
@@ -884,12 +901,26 @@ def _refused(status: int, given: str, required: str, write: str = "") -> web.Res
     return web.json_response(body, status=status)
 
 
-async def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens at the first address of a host."""
+async def _listening(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen at all addresses of a host, on one port. Addresses that this machine lacks are left out."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, address = found[0][0], found[0][4]
-    made = socket.create_server(address, family=family, backlog=1024)
-    made.setblocking(False)
+    made: list[socket.socket] = []
+    missing: OSError | None = None
+    with contextlib.ExitStack() as opened:
+        for family, address in dict.fromkeys((place[0], place[4]) for place in found):
+            try:
+                one = socket.create_server((address[0], port, *address[2:]), family=family, backlog=1024)
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+                continue
+            made.append(opened.enter_context(one))
+            one.setblocking(False)
+            port = one.getsockname()[1]
+        opened.pop_all()
+    if not made:
+        raise required(missing, "address of the host")
     return made
 
 
