@@ -221,6 +221,7 @@ class ServerEngine(Engine):
                 Part(repr(plan.aggregator.of), "aggregator"),
             )
         self._check_sum(plan)
+        self._check_kept(plan)
         MessageForm.of(_bound(plan, plan.local.server_layout(self.layout)), self.task)
         self._check_own(plan)
         if not plan.local.own and _memory_reads_weights(plan, self.task):
@@ -261,6 +262,16 @@ class ServerEngine(Engine):
                 "a named model without `init`.",
                 "the own part is in no message, so each site draws its first values by the seed.",
                 Change("plan.local.own", "()"),
+            )
+
+    def _check_kept(self, plan: Plan) -> None:
+        """Refuse to keep updates that a later computation cannot use."""
+        if self.spec.keep_updates and (plan.aggregator.secure is not None or plan.releases):
+            raise UsageError(
+                f"--keep-updates with {plan.aggregator if plan.aggregator.secure is not None else plan.codec!r:.100}.",
+                "a plan without a secure sum and without noise.",
+                "masked messages and a sum without its noise give no model of the run.",
+                Part("Mean()", "aggregator") if plan.aggregator.secure is not None else Part("Identity()", "codec"),
             )
 
     def _check_sum(self, plan: Plan) -> None:
@@ -859,12 +870,26 @@ class ServerEngine(Engine):
             if (flight.client, flight.again) not in kept:
                 ends.append(events.Rejected(message.work))
                 continue
+            if self.spec.keep_updates:
+                self._keep(message)
             self._folded.append(message.work)
             start = flight.client, flight.version, flight.again
             self._accepted.append(Accepted(*start, message.work, message.after, message.digest, weight))
             ends.append(events.Folded(message.work))
         short = max(len(message.body) for message in group) <= wire.MAX_INLINE
         (self.net.post if short else self.net.handle)(*ends)  # a long one frees its part of the window
+
+    def _keep(self, message: events.Deliver) -> None:
+        """Keep an accepted message on disk. A round that is not committed receives it again, with the same bytes."""
+        folder = self.home.path / "updates" / self.run
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (folder / message.work.hex()).write_bytes(message.body)
+        except OSError as error:
+            raise RunError(
+                f"The update {message.work.hex()} cannot be kept in {folder}: {error.strerror or error}.",
+                "free space on the disk of the home.",
+            ) from error
 
     def _reject(self, message: events.Deliver, cause: str) -> None:
         self.notify(

@@ -46,6 +46,7 @@ class Server(grammar.Value, EngineSpec):
             rows of a client.
         files: the paths of a certificate, its key and the authority of the clients, if an institution has its own.
         scaled: whether the sites scale their rows by the statistics of the input; false while these are gathered.
+        keep_updates: whether the messages of all accepted contributions stay on disk, for `atoll verify`.
         schema: the path of an `input.json`, if the server has no rows; None: the server's data gives the input.
     Raises:
         UsageError: a number is out of range.
@@ -75,6 +76,7 @@ class Server(grammar.Value, EngineSpec):
     schema: str | None = None
     scaled: bool = True
     files: tuple[str, str, str] | None = None
+    keep_updates: bool = False
 
     def __post_init__(self) -> None:
         low = {"clients": 1, "min_clients": 1, "max_rows": 1, "window": 1 << 16, "absent_s": 0, "drain": 0}

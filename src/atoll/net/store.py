@@ -752,6 +752,10 @@ class Database:
         rows = self._rows("SELECT event FROM events WHERE run = ? ORDER BY seq", run)
         return [event for (text,) in rows if (event := json.loads(text)).get("event") != "committed"]
 
+    def models(self, run: str) -> list[bytes]:
+        """The SHA-256 of the model after each committed round, in order."""
+        return [model for (model,) in self._rows("SELECT model FROM rounds WHERE run = ? ORDER BY round", run)]
+
     def accepted(self, run: str, round: int) -> tuple[Accepted, ...]:
         """The contributions of a committed round."""
         return tuple(Accepted(*row) for row in self._rows(_ACCEPTED, run, round))

@@ -628,6 +628,13 @@ def _chosen(
 
 def _kept(spec: Server, stored: Mapping[str, Any]) -> Server:
     """The settings of the server with which a run began. Its files may move."""
+    if spec.keep_updates and not stored.get("keep_updates"):
+        raise UsageError(
+            "--keep-updates, and the unfinished run began without it.",
+            "the settings with which the run began.",
+            "the updates of its first rounds are not on disk, so no model can be computed again.",
+            f"atoll serve --home {spec.home}",
+        )
     return replace(
         spec, **{**{n: v for n, v in stored.items() if n in _OWN}, "files": spec.files or stored.get("files")}
     )
