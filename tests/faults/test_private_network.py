@@ -8,6 +8,7 @@ import pytest
 from network import Federation
 from test_federation import alone, federation
 from test_rehearsal import flags, reference, rows_of
+from test_secure_network import threads
 
 import atoll
 from atoll.base.errors import RunError, UsageError
@@ -81,6 +82,26 @@ def test_noise_on_a_secure_sum_of_a_network_gives_the_bits_of_a_simulation(tmp_p
     served, run = federation(tmp_path, settings, 7)[0], alone(tmp_path, settings, 7)
     assert (served.path / "model.safetensors").read_bytes() == (run.path / "model.safetensors").read_bytes()
     assert len(ledger(served.path)) == 3 and [report.arrived for report in served.reports] == [7, 7, 7]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_round_whose_server_was_killed_after_the_shares_is_charged_and_releases_noise(tmp_path):
+    """No client opens its masks in two attempts of a round. The round has no sum, by no decision of a client."""
+    recipe = "dp_fedavg(lr=0.5, clip=0.5, noise=2.0, q=1.0, batch=100, secure=True)"
+    settings = {**SETTINGS, "recipe": recipe, "data": "digits", "clients": 7, "split": "IID()", "report": "false"}
+    with Federation(tmp_path, *flags(**settings), clients=7) as it:
+        address = it.serve(failpoint="sum.8:1")
+        it.invite()
+        threads(it, 7)
+        it.server.process.wait(110)
+        assert it.serve() == address
+        assert it.server.code() == 0, it.server.stderr()
+        assert [row["arrived"] for row in rows_of(it.path())] == [0, 7, 7]
+        assert [(row["round"], row["attempt"]) for row in ledger(it.path())] == [(0, 0), (0, 1), (1, 0), (2, 0)]
+        events = [json.loads(line) for line in (it.path() / "events.jsonl").read_text().splitlines()]
+        causes = [event["cause"] for event in events if event["event"] == "failure"]
+        assert len(causes) == 7 and all(cause.startswith("replayed") for cause in causes)
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def test_a_secure_sum_of_a_network_gives_the_bits_of_a_simulation(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("step", "arrived"), [(4, 6), (8, 0)])
+@pytest.mark.parametrize(("step", "arrived"), [(2, 6), (4, 6), (6, 6), (8, 0)])
 def test_a_server_killed_in_a_session_begins_another_attempt(step, arrived, tmp_path):
     """No client answers two attempts of a round with its shares, so a kill after them ends the round without a sum."""
     with Federation(tmp_path, *flags(**SETTINGS, clients=6), clients=6) as it:
@@ -71,7 +71,7 @@ def test_a_server_killed_in_a_session_begins_another_attempt(step, arrived, tmp_
         assert [row["arrived"] for row in rows_of(it.path())] == [arrived, 6]
         ledger = [json.loads(line) for line in (tmp_path / "site-0" / "ledger.jsonl").read_text().splitlines()]
         attempts = [(row["round"], row["attempt"]) for row in ledger]
-        assert attempts == [(0, 0), *([(0, 1)] if arrived else []), (1, 0)]
+        assert attempts == [*([(0, 0)] if step > 2 else []), *([(0, 1)] if arrived else []), (1, 0)]
         assert json.loads(it.run("verify", "--home", it.home, "--json"))["ok"]
 
 
@@ -242,7 +242,22 @@ def test_an_attempt_without_a_sum_is_followed_by_one_with_new_keys_and_no_third(
     assert len(net.run().arrived) == 5
     net = joined(5, first=1)
     outcome = net.run(lost=(0, 1, 2), at=1)
-    assert outcome.sum is None and net.begun == [1] and len(outcome.lost) == 5
+    assert not outcome.void and outcome.sum is None and net.begun == [1] and len(outcome.lost) == 5
+
+
+@pytest.mark.parametrize(("first", "void"), [(0, False), (1, True)])
+def test_a_round_without_a_sum_is_void_only_after_a_kill_and_shares(first, void):
+    """Then no client has decided that it has no sum. All others end a run with noise."""
+    net = joined(5, first=first)
+    for client in range(5):
+        net.round.lost(client, "replayed: Round 0, attempt 1 took place already.")
+    outcome = net.round.advance(0.0)
+    if not first:
+        assert outcome is None and net.begun == [0, 1]
+        for client in range(5):
+            net.round.lost(client, "network: it is absent")
+        outcome = net.round.advance(0.0)
+    assert (outcome.sum, outcome.void) == (None, void)
 
 
 def test_a_site_answers_no_second_attempt_with_shares():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from atoll.plan.codec import AdaptiveClip, Clip, Noise, Rotate
 from atoll.plan.codec.stage import flat_layout
 from atoll.plan.local import Train
 from atoll.plan.optimizer import sgd
+from atoll.plan.round import enough
 from atoll.plan.sampler import Everyone, Poisson, Uniform
 
 
@@ -146,3 +148,6 @@ def test_a_round_of_few_ends_a_run_with_noise(digits) -> None:
     plan = _plan(Masks(), **_NOISED, codec=Clip(1.0) >> Noise(1.0))
     with pytest.raises(RunError, match="secure sum needs"):
         _theta(digits, plan, "inprocess", fleet="Fleet(dropout=0.8)")
+    few = SimpleNamespace(arrived=torch.tensor([3]), started=9, void=True, failures=(), facts={}, _replace=dict)
+    ended = enough(plan, SimpleNamespace(state=SimpleNamespace(round=2)), few)
+    assert not len(ended["arrived"]) and ended["failures"][0].client == 3

@@ -131,6 +131,7 @@ class ServerEngine(Engine):
         self._net: Listener | None = None
         self._open = ExitStack()
         self._sums: SumRound | None = None  # the secure sum of the open round
+        self._void = False  # `SumOutcome.void` of the open round
         self._summing = False  # whether its first attempt has begun
 
     # Engine
@@ -339,7 +340,7 @@ class ServerEngine(Engine):
         away = None if self.spec.clients is not None else self._is_away
         send, receive = self._send, self._receive
         if plan.aggregator.secure is not None:
-            self._sums = self._sum_round(plan, state)
+            self._sums, self._void = self._sum_round(plan, state), False
             send, receive = self._sums.start, self._receive_sum
         loop = ArrivalLoop(plan, state, self.population, cohort, send, receive, time.monotonic, away)
         began = time.perf_counter()
@@ -353,7 +354,7 @@ class ServerEngine(Engine):
         self._versions = {v: known for v, known in self._versions.items() if v in state.versions or v == state.round}
         frozen = {known.fixed.hash for known in self._versions.values() if known.fixed is not None}
         self.net.keep_blobs({known.hash for known in self._versions.values()} | frozen | {self._hashes[0]})
-        return gathered(plan, state, flown, fold.results, ChunkLimit(), keep)
+        return gathered(plan, state, flown, fold.results, ChunkLimit(), keep)._replace(void=self._void)
 
     def _is_away(self, client: int) -> bool:
         """Whether a client of an open run cannot start now: it is absent, or its policy has refused this plan."""
@@ -613,6 +614,7 @@ class ServerEngine(Engine):
     def _end_sum(self, outcome: SumOutcome) -> None:
         """Put the sum of a round into its results."""
         plan, results = required(self._plan, "plan")[0], required(self._fold, "open round").results
+        self._void = outcome.void
         for flight, cause in outcome.lost:
             self._landed.append(Landed(flight.number, "sum", cause or "it is not in the sum"))
         if outcome.sum is None or not isinstance(plan.aggregator, Mean):

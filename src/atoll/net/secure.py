@@ -153,11 +153,15 @@ class Summed(NamedTuple):
 
 
 class SumOutcome(NamedTuple):
-    """The end of a round: the sum with its clients, or no sum; and the clients that are not in it, with the causes."""
+    """The end of a round: the sum with its clients, or no sum; and the clients that are not in it, with the causes.
+
+    `void`: the server was killed in an earlier attempt after clients had sent their shares, which they do once a round.
+    """
 
     sum: SecureSum | None
     arrived: tuple[Summed, ...]
     lost: tuple[tuple[Flight, str], ...]
+    void: bool = False
 
 
 class SumRound:
@@ -198,7 +202,7 @@ class SumRound:
         self._keys_s, self._present = keys_s, present
         self._looked: float | None = None  # the time of the last count of owed seconds
         self._there: frozenset[int] = frozenset()  # the clients that were present then
-        self.attempt, self.masked = first - 1, False
+        self.attempt, self.masked, self._again = first - 1, False, first > 0
         self._flights: dict[int, Flight] = {}
         self._members: dict[bytes, _Member] = {}
         self._out: dict[int, str] = {}
@@ -250,7 +254,7 @@ class SumRound:
         if self.attempt >= ATTEMPTS or not self._flights:
             last = f"no sum in {ATTEMPTS} attempts"
             self._server, lost = None, tuple((f, self._out.get(c, last)) for c, f in sorted(self._flights.items()))
-            return SumOutcome(None, (), lost)
+            return SumOutcome(None, (), lost, self._again and any(cause.startswith("replayed") for _, cause in lost))
         self._begun(self.attempt)
         self._members, self._out, self._deadline, self._looked = {}, {}, None, None
         for client, flight in self._flights.items():

@@ -117,6 +117,7 @@ class Gathered(NamedTuple):
     trips: tuple[FlightTimes, ...] = ()
     notes: tuple[str, ...] = ()  # messages to print once
     kept: tuple[Kept, ...] = ()  # the contributions that the caller requested, by version, repeat and client
+    void: bool = False  # no secure sum, because the server was killed after clients had opened their masks
 
 
 class Engine(Protocol):
@@ -390,11 +391,15 @@ def close_round(opened: Opened, gathered: Gathered) -> Closed:
 
 
 def enough(plan: Plan, opened: Opened, gathered: Gathered) -> Gathered:
-    """The results of a round; without contributions if fewer arrived than a sum may have: then each is a failure."""
+    """The results of a round; without contributions if fewer arrived than a sum may have: then each is a failure.
+
+    With noise a round of few ends the run, since a client could decide whether it has a sum. A kill of the server is no
+    decision of a client: the round is then one without contributions, which releases noise.
+    """
     arrived, least = gathered.arrived, plan.aggregator.least(gathered.started)
     if len(arrived) >= least:
         return gathered
-    if plan.releases and plan.aggregator.secure is not None:
+    if plan.releases and plan.aggregator.secure is not None and not gathered.void:
         raise _few(len(arrived), least)
     cause = f"{len(arrived)} clients in a sum of at least {least}"
     lost = tuple(Failure(client, opened.state.round, "sum", cause) for client in arrived.tolist())
