@@ -45,7 +45,15 @@ def threads(it, many=6):
 # 1. Over TLS
 
 
-def test_a_secure_sum_of_a_network_gives_the_bits_of_a_simulation(tmp_path):
+def test_a_secure_sum_of_a_network_gives_the_bits_of_a_simulation(tmp_path, monkeypatch, capfd):
+    """No file of server or site, and no output, has words or secrets of a client."""
+    secret, mask = [], SumClient.mask
+
+    def spied(self, words, weight):
+        secret.extend([words["update"][:4].tobytes(), self._secrets.a, self._secrets.b])
+        return mask(self, words, weight)
+
+    monkeypatch.setattr(SumClient, "mask", spied)
     served, events = federation(tmp_path, SETTINGS, 6)
     assert model(served.path) == model(alone(tmp_path, SETTINGS, 6).path)
     assert [report.arrived for report in served.reports] == [6, 6]
@@ -54,6 +62,11 @@ def test_a_secure_sum_of_a_network_gives_the_bits_of_a_simulation(tmp_path):
     assert len(sent) == 12 and set(sent) == {4 * (numbers + 4)}
     ledger = [json.loads(line) for line in (tmp_path / "site-0" / "ledger.jsonl").read_text().splitlines()]
     assert [(row["round"], row["attempt"], row["bytes"]) for row in ledger] == [(0, 0, sent[0]), (1, 0, sent[0])]
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    written += [text.encode() for text in capfd.readouterr()]
+    assert len(secret) == 36 and len(written) > 40
+    for plain in secret:
+        assert not any(plain in data or plain.hex().encode() in data for data in written)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def test_the_table_has_the_probabilities_of_the_definition(deviation):
 
 
 def test_draws_pass_chi_square():
-    n, deviation = 1 << 18, 64.0
+    n, deviation = 1 << 20, 64.0
     x = discrete_gaussian(SecretKey.of_seed(1), n, deviation).numpy()
     cells = np.arange(-256, 257)
     counts = np.bincount(np.clip(x, -256, 256) + 256, minlength=513)
@@ -39,7 +39,7 @@ def test_draws_pass_chi_square():
 
 @pytest.mark.parametrize("deviation", [1024.0, 3.7e5, 2.0**40])
 def test_joined_draws_have_the_normal_moments_and_distribution(deviation):
-    n = 1 << 18
+    n = 1 << 20
     z = discrete_gaussian(SecretKey.of_seed(3), n, deviation).double() / deviation
     for power, moment, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(float((z**power).mean()) - moment) < 6 * math.sqrt(spread / n)

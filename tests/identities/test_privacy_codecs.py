@@ -18,7 +18,7 @@ from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Combine, Mean, Sum
 from atoll.plan.codec import EF21, AdaptiveClip, Clip, ErrorFeedback, Identity, Noise, Quantize, RandomK, Rotate, TopK
 from atoll.plan.codec.stage import Chain, flat_layout
-from atoll.plan.local import Train
+from atoll.plan.local import Calibrated, Ditto, Proximal, Train
 from atoll.plan.optimizer import sgd
 from atoll.plan.pace import Buffered, Sync
 from atoll.plan.plan import Plan
@@ -190,9 +190,9 @@ def test_a_cohort_is_secret_only_if_the_plan_releases():
     assert len(set(drawn(Clip(1.0) >> Noise(1.0)))) > 3
 
 
-def neighbours(codec, cohort, add, rounds=1):
+def neighbours(codec, cohort, add, **parts):
     """The distance of two totals before noise: all clients, and the same with one client changed or left out."""
-    private = plan(codec, cohort)
+    private = plan(codec, cohort, **parts)
     found = []
     for extreme in (False, True):
         data = clients()
@@ -228,6 +228,13 @@ def test_a_neighbour_moves_the_total_by_at_most_the_gain(codec, cohort):
     moved = neighbours(codec, cohort, add=True)
     assert 0.3 < moved <= (1 + 2**-10) * gain
     assert 0 < neighbours(codec, cohort, add=False) <= 2 * (1 + 2**-10) * gain
+
+
+@pytest.mark.parametrize("correction", [Proximal(0.5), Calibrated(0.5), Ditto(0.5)])
+def test_a_correction_that_passes_moves_the_total_by_at_most_the_clip(correction):
+    corrected = {"local": replace(LOCAL, correction=correction)}
+    for codec in (Clip(1e-3) >> Noise(1.0), AdaptiveClip(start=1e-3) >> Noise(1.0)):
+        assert 0.3 < neighbours(codec, Everyone(), True, **corrected) <= 1 + 2**-10
 
 
 def follow(shape, start, rounds=400):

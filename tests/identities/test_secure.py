@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import itertools
 import struct
+from functools import lru_cache
 from hashlib import sha256
 
 import numpy as np
@@ -14,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from quick_cases import only
 
 from atoll.base.errors import UsageError
-from atoll.secure import keys, messages, shamir
+from atoll.secure import client, keys, messages, server, shamir
 from atoll.secure.client import Floors
 from atoll.secure.graph import neighbours, permutation
 from atoll.secure.masks import masked
@@ -198,8 +199,16 @@ def test_random_patterns_on_a_regular_graph(seed: int) -> None:
     np.testing.assert_array_equal(result.words["update"], group.expected(survivors)["update"])
 
 
+@pytest.fixture
+def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All clients are in one process: what each of them verifies for itself is computed once."""
+    for module, name in ((client, "verified"), (server, "verified"), (messages, "neighbours")):
+        monkeypatch.setattr(module, name, lru_cache(None)(getattr(module, name)))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("remembered")
 @pytest.mark.parametrize("most", [12, 32, 100, 1000])
 def test_two_hundred_random_patterns(most: int) -> None:
     """Complete graphs and regular ones: the sum is that of the clients whose vectors arrived, or the session stops."""
@@ -366,3 +375,22 @@ def test_masked_words_are_uniform() -> None:
     assert ((counts - expected) ** 2 / expected).sum() < 255 + 6 * np.sqrt(2 * 255)
     bits = np.unpackbits(words.view(np.uint8).reshape(-1, 4), axis=1).mean(axis=0)
     assert np.abs(bits - 0.5).max() < 6 * 0.5 / np.sqrt(len(words))
+
+
+@pytest.mark.slow
+def test_two_to_the_16_masks_have_no_collision_and_no_missing_value() -> None:
+    """The masks of 2^16 pairs: distinct, each bit balanced, and each value of a half word is reached."""
+    n, shared = 1 << 16, keys.extract(SID, SEED)
+    zeros, masks = np.zeros(16, dtype=np.uint32), np.empty((n, 16), dtype=np.uint32)
+    for i in range(n):
+        masks[i] = masked(zeros, [keys.pair_key(shared, i, i + 1, "update", 16, 32)], [1])
+    assert len(np.unique(masks[:, :2].copy().view(np.uint64))) == n
+    assert len(np.unique(masks.reshape(-1)[: 1 << 10])) == 1 << 10
+    bits = np.unpackbits(masks.view(np.uint8), axis=1).mean(axis=0)
+    assert np.abs(bits - 0.5).max() < 6 * 0.5 / np.sqrt(n)
+    counts = np.bincount(masks.view(np.uint16).reshape(-1), minlength=1 << 16)
+    expected = masks.nbytes / 2 / (1 << 16)
+    assert counts.min() > 0 and counts[-1] > 0
+    assert abs(float(((counts - expected) ** 2 / expected).sum()) - (1 << 16)) < 6 * np.sqrt(2 * (1 << 16))
+    both = masked(zeros, [keys.pair_key(shared, 0, 1, "loss", 16, 32)], [1])
+    assert not np.array_equal(both, masks[0])  # another vector of the same pair

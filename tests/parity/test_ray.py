@@ -31,7 +31,7 @@ from atoll.data import ArrayRows, Clients
 from atoll.engine.inprocess import InProcessEngine
 from atoll.engine.workers.ray import RayEngine
 from atoll.plan.aggregate import Mean
-from atoll.plan.codec import ErrorFeedback, Quantize, Rotate, TopK
+from atoll.plan.codec import Clip, ErrorFeedback, Noise, Quantize, Rotate, TopK
 from atoll.plan.local import Custom, Gradient, Train
 from atoll.plan.optimizer.rules import adam, sgd
 from atoll.plan.pace import Bounded, Buffered, Sync
@@ -44,6 +44,7 @@ os.environ.update(
 )  # Ray's default is 15: beside other programs, actors would start after minutes
 ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")
 
+FAIR = Mean("equal", over="expected")
 SIZES = (9, 9, 7, 4, 4, 3, 2, 1)
 STORE = 100 << 20
 # Ray needs seconds to start an actor. On a slow machine its head node may start too late.
@@ -148,9 +149,12 @@ def test_every_recipe_has_the_bits_of_one_process(recipe, mlp, alone):
         Plan(Custom(importable_parts.remember, batch=4, memory=importable_parts.personal), Mean(), cohort=0.6),
         Plan(Gradient(batch=3), Mean(), adam(0.01), codec=importable_parts.Halve(), cohort=0.5),
         Plan(Train(sgd(0.1), epochs=1, batch=4), Mean(), pace=Bounded(0)),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), Mean("equal", secure=True), codec=Clip(1.0)),
+        Plan(Train(sgd(0.1), epochs=1, batch=4), FAIR, codec=Clip(1.0) >> Noise(1.0, by="client")),
     ],
     ids=lambda plan: repr(plan.local)[:8] + repr(plan.codec) + repr(plan.pace),
 )
+@pytest.mark.usefixtures("known_secrets")
 def test_parts_and_memory_have_the_bits_of_one_process(plan, mlp):
     same(plan, mlp, rounds=3)
 
