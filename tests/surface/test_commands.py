@@ -78,6 +78,9 @@ def test_latest_and_load():
     with pytest.raises(UsageError, match=r"linear.weight: absent, and not \(1, 10\)") as caught:
         atoll.load("latest", torch.nn.Bilinear(2, 2, 1))
     assert not caught.value.line
+    for folder in ("", "."):
+        with pytest.raises(UsageError, match="No run is called"):
+            atoll.load(folder)
     longer = started(rounds=5, resume="latest")
     assert longer.path == run.path.resolve() and longer.rounds == 5
 

@@ -916,11 +916,12 @@ def _width(module: nn.Module, found: Input) -> int:
 
 
 def _run_folder(path: str | Path) -> Path:
-    """The folder of a run, from its path or its name in `runs`."""
+    """The folder of a run, from its path or its name in `runs`. A folder with a model only is enough for `load`."""
     from atoll import runs
 
-    folder = Path(path)
-    return folder if folder.is_dir() else runs.find_run(path, Path("runs"))
+    folder = Path(path).resolve()  # the name of "." is that of its folder
+    has_files = any((folder / name).is_file() for name in ("config.toml", "model.safetensors"))
+    return folder if has_files else runs.find_run(path, Path("runs"))
 
 
 def _input_of(folder: Path) -> Input:
