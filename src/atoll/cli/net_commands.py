@@ -12,8 +12,9 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -22,6 +23,9 @@ from atoll.base.lines import Line
 from atoll.cli.flags import ExperimentFlags, pairs
 from atoll.cli.options import GROUPS, Lines, Trust, flag
 from atoll.training.setting_texts import RUNNING
+
+if TYPE_CHECKING:
+    from atoll.runs.events import Run
 
 Home = Annotated[str, Parameter(group=GROUPS[RUNNING], help="The folder of the server or of the site.")]
 NET = "net."
@@ -56,6 +60,8 @@ class ServerFlags:
     window: Annotated[str, flag(RUNNING, "Bytes of large messages in flight. Default: 256 MiB.")] = "256MiB"
     keep_updates: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
         help="Keep all accepted updates on disk, for `atoll verify`.")] = False  # fmt: skip
+    stay: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
+        help="Listen after the run, and wait for the next one.")] = False  # fmt: skip
 
 
 @Parameter(name="*")
@@ -90,7 +96,6 @@ def serve(
     experiment
         A TOML file with settings.
     """
-    from atoll.cli import output
     from atoll.net.spec import Server, check_extra
 
     check_extra()
@@ -120,17 +125,31 @@ def serve(
     )
     from atoll.net.loop import collect_rarely
     from atoll.training.serve import serve_run
+    from atoll.training.stay import hand_over, serve_runs
 
     collect_rarely()
     notify = Printer(as_json, ("listening", "round"), log == "json")
     it = own.experiment(experiment, trust) if given else None
+    if it is not None and hand_over(it, spec):
+        print("The server that stays at this home takes the run.", file=sys.stderr)
+        return 0
+    show = partial(_show_run, as_json)
+    if server.stay:
+        return serve_runs(it, spec, show, notify=notify, trust=trust, metrics=address)
     run, terminated = serve_run(it, spec, notify=notify, trust=trust, metrics=address)
+    show(run)
+    return 0 if terminated or run.status == "done" else 130
+
+
+def _show_run(as_json: bool, run: Run) -> None:
+    """Print the end of a run."""
+    from atoll.cli import output
+
     if as_json:
         output.print_json(output.outcome(run))
         sys.stdout.flush()
     else:
         print(run.summary())
-    return 0 if terminated or run.status == "done" else 130
 
 
 class Printer:

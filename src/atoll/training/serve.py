@@ -187,7 +187,7 @@ class Serving:
         """Train to the end, or to Ctrl-C. Returns whether a signal to end, not Ctrl-C, has ended it."""
         from atoll.net.engine import Stopped
 
-        with _Terminated() as terminated, self._failing():
+        with Terminated() as terminated, self._failing():
             recorder = self._begun()
             try:
                 interrupted = run_rounds(self._training, recorder, [required(self._rows, "rows"), *observers])
@@ -669,14 +669,14 @@ def _schema(it: Experiment, spec: Server) -> Schema:
     return replace(schema, held_out=ArrayRows(x, y, schema.kind == "regression"))
 
 
-class _Terminated:
+class Terminated:
     """Handles the signal to end: the first drains the server, the second ends it at once."""
 
     def __init__(self) -> None:
         self.asked = False
         self._before: Any = None
 
-    def __enter__(self) -> _Terminated:
+    def __enter__(self) -> Terminated:
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
