@@ -647,8 +647,8 @@ def find_run(run: str | Path, parent: Path) -> Path:
     for path in (Path(run), parent / str(run)):
         if (path / "config.toml").is_file():
             return path.resolve()
-    known = list_runs(parent)
-    fits = [p for p in known if p.name.startswith(str(run)) or str(run) in p.name[11:]]
+    known, name = list_runs(parent), str(run)
+    fits = [p for p in known if name and (p.name.startswith(name) or name in p.name[11:])]
     if len(fits) == 1:
         return fits[0]
     names = ", ".join(p.name for p in (fits or known)[-5:])
