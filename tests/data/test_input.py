@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pandas
+import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
@@ -162,6 +163,18 @@ def test_a_comma_between_thousands_is_no_decimal_mark():
         it.prepare({"pay": ["900", "1,651"]})
     small = structs.replace(it, columns=(NumberColumn("pay", fill=2.0),))
     assert small.prepare({"pay": ["900", "1,651"]})[:, 0].tolist() == pytest.approx([900, 1.651])
+
+
+@pytest.mark.parametrize("scale", ["standard", "client"])
+def test_a_mark_between_thousands_of_new_rows_is_no_decimal_mark(scale):
+    """Also a point, if the number is far from the train rows, and near without it; by both readers of cells."""
+    df = pandas.DataFrame({"a": np.linspace(1000, 2000, 40), "by": ["s", "t"] * 20, "y": ["n", "y"] * 20})
+    given = frame(df, target="y", by="by", scale=scale).split().input
+    for text in ("1,537", "1.537"):
+        for cells in (TextCells([text]), ArrowCells(pyarrow.array([text]))):
+            with pytest.raises(UsageError, match=r"the mean of the train rows is 1[45]"):
+                given.values({"a": cells})
+    assert given.values({"a": TextCells(["1.5", "0.125"])}).numbers.tolist() == [[1.5], [0.125]]
 
 
 def test_numbers_with_a_comma():

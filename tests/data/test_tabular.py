@@ -4,6 +4,7 @@ import gzip
 
 import numpy as np
 import pandas
+import pyarrow
 import pytest
 import torch
 
@@ -223,8 +224,9 @@ def test_codes_keep_all_their_digits(tmp_path, monkeypatch, plain):
     whole = pandas.DataFrame(
         {"u": range(40), "by": [big + i % 2 for i in range(40)], "y": [big + i % 3 for i in range(40)]}
     )
-    found = frame(whole, target="y", by="by")
-    assert (len(found.names), len(found.classes)) == (2, 3)
+    for df in (whole, pyarrow.Table.from_pandas(whole)):
+        found = frame(df, target="y", by="by")
+        assert (len(found.names), len(found.classes)) == (2, 3)
     assert len(table("t", {"u": [1.0, 2, 3, 4], "y": [big, big + 1, big, big]}, target="y").classes) == 2
 
 

@@ -196,3 +196,10 @@ def test_positions_without_a_label_are_not_counted():
     y[:, 3:] = -100
     table = value(METRICS["confusion"], output, y)
     assert float(table.sum()) == 12
+
+
+def test_an_index_of_pairs_needs_one_output_and_a_time_with_an_event():
+    y = torch.tensor([[1.0, 1.0], [2.0, 0.0]])
+    for output, target in ((torch.zeros(2, 2), y), (torch.zeros(2), y[:, 0])):
+        with pytest.raises(UsageError, match="c_index of outputs"):
+            METRICS["c_index"].over_all(output, target)

@@ -206,6 +206,8 @@ class Metric:
         over_rows = required(self.over_rows, "function over all rows")
         try:
             return float(over_rows(outputs, targets))
+        except UsageError:
+            raise
         except Exception as error:
             raise self._raised("function over all rows", error) from error
 
@@ -530,6 +532,12 @@ def _c_index(output: Tensor, y: Tensor) -> float:
     A pair is comparable if one row has an event, and the other has a later time, or an equal time without an event.
     An equal output counts one half.
     """
+    if y.dim() != 2 or y.shape[1] != 2 or output.numel() != len(y):
+        raise UsageError(
+            f"c_index of outputs {tuple(output.shape)} and targets {tuple(y.shape)}.",
+            "one output, and a time and an event, for each row.",
+            "outputs are compared with the order of the events.",
+        )
     time, event = y[:, 0].double(), y[:, 1] > 0
     rank = output.double().reshape(len(y)).unique(return_inverse=True)[1]
     # Latest first; at equal times rows without an event come first. The rows comparable with row i are then a prefix.

@@ -29,6 +29,7 @@ COMMA = re.compile(r"[-+−]?\d+(\.\d{3})*,\d+")
 GROUPED = re.compile(r"[-+−]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?")  # thousands, or a decimal comma
 INTEGER = re.compile(r"[-+−]?\d+")
 EXACT = 2**53  # from here on float64 does not contain every whole number
+POINTS = re.compile(r"[-+−]?[1-9]\d{0,2}(\.\d{3})+")  # thousands, or a decimal point
 _LEADING_ZERO = re.compile(r"[-+−]?0\d")
 _FIRST = 100  # cells that are read as numbers before all cells are
 
@@ -478,10 +479,9 @@ def _series_cells(series: Any, name: str) -> Cells:
 
     dtype = series.dtype
     if dtype == nw.Boolean or dtype.is_numeric():
-        values = _floats(series.cast(nw.Float64))
-        if dtype.is_integer() and (np.abs(values) >= EXACT).any():
+        if dtype.is_integer() and any(abs(int(end)) >= EXACT for end in (series.min(), series.max()) if not _null(end)):
             return LevelCells(coded([None if _null(value) else str(value) for value in series.to_list()]))
-        return NumberCells(values, boolean=dtype == nw.Boolean)
+        return NumberCells(_floats(series.cast(nw.Float64)), boolean=dtype == nw.Boolean)
     if dtype in (nw.Date, nw.Datetime):
         return DayCells(_days(series))
     if isinstance(dtype, (nw.List, nw.Struct, nw.Array)):

@@ -20,6 +20,7 @@ from atoll.data.cells import (
     COMMA,
     GROUPED,
     NUMBER_NA,
+    POINTS,
     Cells,
     DayCells,
     LevelCells,
@@ -37,7 +38,6 @@ from atoll.data.rows import Array
 
 ALMOST = 0.95  # share of cells from which a column counts as numbers or dates with wrong cells
 ID_ROWS = 50  # rows from which a column of different texts is an id
-_POINTS = re.compile(r"[-+−]?[1-9]\d{0,2}(\.\d{3})+")  # thousands, or a decimal point
 _ISO = re.compile(r"\d{4}-\d{2}-\d{2}([T ].*)?")
 _DATE = re.compile(r"\d{1,4}([./-])\d{1,2}\1\d{1,4}")
 
@@ -232,7 +232,7 @@ def thousands_points(name: str, cells: Cells, rules: Rules) -> Typed | None:
     """
     texts = cells.texts()
     points = [text for text in texts.levels if "." in text and not rules.missing.number(text)]
-    if not points or not all(_POINTS.fullmatch(text) for text in points):
+    if not points or not all(POINTS.fullmatch(text) for text in points):
         return None
     at = texts.first(texts.levels.index(points[0]))
     given = f"Column {name!r} contains a point before three digits, {points[0]!r} at row {at}, and other columns have "

@@ -30,8 +30,10 @@ from atoll.base.lines import Line
 from atoll.data.cells import (
     EXACT,
     GROUPED,
+    POINTS,
     Cells,
     Missing,
+    NumberCells,
     Texts,
     cells_of,
     comma_number,
@@ -284,8 +286,10 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
             values = comma_numbers(texts, missing) if values is None else values
             if values is None:
                 raise self._other_type(name, texts, first, "a number", _in_some_form)
-            _refuse_thousands(column, texts, first)
+            self._refuse_commas(column, texts, first)
             found = values
+        elif not isinstance(cells, NumberCells):
+            self._refuse_points(column, cells, found, first)
         if np.isinf(found).any():
             row = int(np.isinf(found).argmax())
             raise UsageError(
@@ -294,6 +298,36 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
                 "it has no prediction.",
             )
         return found
+
+    def _usual(self, column: NumberColumn) -> tuple[float, float]:
+        """The mean and the spread of a column over the train rows; if each client has its own, their means."""
+        if not self.clients:
+            return column.fill, column.spread
+        place = self.names.index(column.name) if column.name in self.names else None
+        if place is None:  # the target
+            return column.fill, column.spread
+        each = list(self.clients.values())
+        return sum(s.fill[place] for s in each) / len(each), sum(s.spread[place] for s in each) / len(each)
+
+    def _refuse_commas(self, column: NumberColumn, texts: Texts, first: int) -> None:
+        """Refuse a comma before three digits if the number without it is nearer to the mean of the train rows."""
+        mean, _ = self._usual(column)
+        for code, text in enumerate(texts.levels):
+            value = number(text.replace(",", "")) if GROUPED.fullmatch(text) else math.nan
+            if abs(value - mean) < abs(value / 1000 - mean):
+                raise _thousands(column.name, text, first + texts.first(code), mean)
+
+    def _refuse_points(self, column: NumberColumn, cells: Cells, found: Array, first: int) -> None:
+        """Refuse points before three digits if the numbers are far from the train rows, and without points are not."""
+        mean, spread = self._usual(column)
+        far = (np.abs(found - mean) > 3 * spread) & (np.abs(1000 * found - mean) <= 3 * spread)
+        if not far.any():
+            return
+        texts = cells.texts()
+        codes = np.unique(texts.codes[far]).tolist()
+        if all(POINTS.fullmatch(texts.levels[code]) for code in codes):
+            row = int(far.argmax())
+            raise _thousands(column.name, texts.levels[texts.codes[row]], first + row, mean)
 
     def _other_type(self, name: str, texts: Texts, first: int, required: str, fits: Any) -> UsageError:
         missing = Missing(self.na)
@@ -517,7 +551,9 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
             return torch.from_numpy(yes_or_no(self.target.names[0], cells)).nan_to_num(IGNORED).long()
         if self.target.classes is None:
             mean = self.target.centre[0] if len(self.target.centre) == 1 else 0.0
-            return torch.from_numpy(self._numbers(NumberColumn(self.target.names[0], fill=mean), cells, 0))
+            spread = self.target.spread[0] if len(self.target.spread) == 1 else 1.0
+            column = NumberColumn(self.target.names[0], fill=mean, spread=spread)
+            return torch.from_numpy(self._numbers(column, cells, 0))
         place = {level: code for code, level in enumerate(self.target.classes)}
         texts = cells.texts()
         codes = np.array([*(self._class_of(text, place) for text in texts.levels), -2], dtype=np.int64)
@@ -652,16 +688,12 @@ def yes_or_no(name: str, cells: Cells) -> Array:
     return texts.map([known.get(text.lower(), math.nan) for text in texts.levels])
 
 
-def _refuse_thousands(column: NumberColumn, texts: Texts, first: int) -> None:
-    """Refuse a comma before three digits if the number without it is nearer to the mean of the train rows."""
-    for code, text in enumerate(texts.levels):
-        number = float(text.replace(",", "")) if GROUPED.fullmatch(text) else math.nan
-        if abs(number - column.fill) < abs(number / 1000 - column.fill):
-            raise UsageError(
-                f"Column {column.name!r} contains {text!r} at row {first + texts.first(code)}.",
-                "numbers without a mark between thousands.",
-                f"the mean of the train rows is {column.fill:.6g}, so the comma seems to separate thousands.",
-            )
+def _thousands(name: str, text: str, row: int, mean: float) -> UsageError:
+    return UsageError(
+        f"Column {name!r} contains {text!r} at row {row}.",
+        "numbers without a mark between thousands.",
+        f"the mean of the train rows is {mean:.6g}, so the mark seems to separate thousands.",
+    )
 
 
 def _in_some_form(text: str) -> bool:
