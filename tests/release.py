@@ -1,6 +1,9 @@
 """Build the sdist and the wheel, check them, and use the wheel in a new environment outside of the repository.
 
 python tests/release.py          `make release`; a package index with the dependencies must be reachable
+
+It prints the seconds of each step. The resolutions next to other packages download metadata only and mostly wait for the
+index, so three of them run at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +16,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,11 +38,12 @@ NEIGHBOURS = (("flwr",), ("opacus",), ("lightning",), ("skorch",), ("transformer
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="atoll-release-") as name:
         folder = Path(name)
-        files = build(folder / "first")
-        again = build(folder / "second")
+        with step("two builds"):
+            files, again = build(folder / "first"), build(folder / "second")
         same = [hashlib.sha256(f.read_bytes()).digest() for f in files]
         require(same == [hashlib.sha256(f.read_bytes()).digest() for f in again], "two builds have equal bytes")
-        run(sys.executable, "-m", "twine", "check", "--strict", *map(str, files), cwd=folder)
+        with step("twine check --strict"):
+            run(sys.executable, "-m", "twine", "check", "--strict", *map(str, files), cwd=folder)
         (wheel,) = (f for f in files if f.suffix == ".whl")
         for line in facts(wheel):
             print(line)
@@ -50,7 +58,7 @@ def main() -> int:
 def build(out: Path) -> list[Path]:
     """The sdist and the wheel. The time of their files is that of the last commit."""
     stamp = run("git", "log", "-1", "--format=%ct", cwd=ROOT).strip()
-    command = (sys.executable, "-m", "build", "--outdir", str(out), str(ROOT))
+    command = (sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT))
     run(*command, cwd=ROOT, env={**os.environ, "SOURCE_DATE_EPOCH": stamp})
     return sorted(out.iterdir())
 
@@ -84,16 +92,30 @@ def facts(wheel: Path) -> list[str]:
 def use(wheel: Path, folder: Path) -> list[str]:
     """Install the wheel into a new environment and run its commands. Returns the names of its distributions."""
     home = folder / "environment"
-    run(sys.executable, "-m", "venv", str(home), cwd=folder)
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "ATOLL"))}
     pip = (str(home / "bin" / "python"), "-m", "pip")
-    run(*pip, "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel), cwd=folder, env=variables)
+    with step("a new environment with the wheel"):
+        run(sys.executable, "-m", "venv", str(home), cwd=folder)
+        run(*pip, "install", "-q", "-c", str(ROOT / "constraints.txt"), str(wheel), cwd=folder, env=variables)
     listed = json.loads(run(*pip, "list", "--format", "json", cwd=folder, env=variables))
-    try_commands(home, folder, {**variables, "ATOLL_CACHE": str(folder / "cache")})
-    for names in NEIGHBOURS:  # only the metadata are downloaded
-        print(f"next to {' and '.join(names)}", flush=True)
-        run(*pip, "install", "-q", "--dry-run", str(wheel), *names, cwd=folder, env=variables)
+    with step("the commands"):
+        try_commands(home, folder, {**variables, "ATOLL_CACHE": str(folder / "cache")})
+
+    def resolve(names: tuple[str, ...]) -> None:
+        with step(f"next to {' and '.join(names)}"):
+            run(*pip, "install", "-q", "--dry-run", str(wheel), *names, cwd=folder, env=variables)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(resolve, NEIGHBOURS))
     return sorted(each["name"] for each in listed if each["name"] not in TOOLS)
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """Print the seconds of a step when it is done."""
+    began = time.monotonic()
+    yield
+    print(f"{time.monotonic() - began:6.0f} s  {name}", flush=True)
 
 
 def try_commands(home: Path, folder: Path, variables: dict[str, str]) -> None:
