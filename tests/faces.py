@@ -1,10 +1,13 @@
-"""Twelve pictures of the page: four runs, each in light, in dark and on a phone. They need playwright and Chromium.
+"""Twelve pictures of the page: four runs, each in light, in dark and on a phone; and two of its top for the manual.
 
 python tests/faces.py [FOLDER]          `make faces` writes them to build/faces
+
+They need playwright, Chromium and Pillow. Those in docs/pictures/page were written by this program.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -44,12 +47,24 @@ def main(folder: Path) -> int:
                     page.goto(url)
                     page.locator(".tiles div").first.wait_for()
                     page.wait_for_timeout(500)
-                    page.screenshot(path=folder / f"{run}-{view}.png", full_page=True)
+                    save(page.screenshot(full_page=True), folder / f"{run}-{view}.png")
+                    if run == "demo" and view != "phone":
+                        page.set_viewport_size({"width": 1100, "height": 760})
+                        page.wait_for_timeout(500)
+                        save(page.screenshot(), folder / f"top-{view}.png")
                     page.close()
                 server.terminate()
         browser.close()
     print(folder)
     return 0
+
+
+def save(picture: bytes, path: Path) -> None:
+    """Write a picture with 32 colours, a quarter of its size; the page has few."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
+    image.quantize(32, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

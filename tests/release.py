@@ -2,8 +2,8 @@
 
 python tests/release.py          `make release`; a package index with the dependencies must be reachable
 
-It prints the seconds of each step. The resolutions next to other packages download metadata only and mostly wait for the
-index, so three of them run at a time.
+It prints the seconds of each step. The resolutions next to other packages download metadata only and mostly wait for
+the index, so three of them run at a time.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Data sets of Hugging Face, outputs with logits, and models of transformers and PEFT. No hub is asked."""
 
+import importlib.util
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -217,3 +218,48 @@ def test_a_model_and_its_lora_train_and_only_trained_numbers_travel(family, data
     ids, mask = torch.tensor(Words().ids), torch.tensor(Words().mask)
     logits = [m.eval()(input_ids=ids, attention_mask=mask).logits for m in (run.model, again)]
     assert torch.equal(*logits)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_lora_of_rank_4_sends_2178_of_88516_numbers(datasets, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the extra atoll[hf] is not installed")
+    peft = pytest.importorskip("peft", reason="the extra atoll[hf] is not installed")
+    body = BODY | {"hidden_size": 64, "intermediate_size": 128}
+    config = transformers.BertConfig(vocab_size=200, max_position_embeddings=32, num_labels=2, **body)
+    model = transformers.BertForSequenceClassification(config)
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    assert sum(p.numel() for p in lora.parameters()) == 88_516
+    run = train(hf(made(datasets, Words())), lora, rounds=1)
+    header = 20 + 8 * 2 * 32  # position_ids and token_type_ids, two buffers of whole numbers, are part of it
+    assert run.reports[0].bytes_up == 3 * (4 * 2178 + header)
+
+
+@pytest.mark.slow
+def test_a_model_without_a_name_or_a_trained_number_and_pictures_are_refused(datasets):
+    class Unmasked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.EmbeddingBag(20, 2)
+
+        def forward(self, input_ids):
+            return self.embed(input_ids)
+
+    frozen = Net()
+    for parameter in frozen.parameters():
+        parameter.requires_grad = False
+    source = hf(made(datasets, Words()))
+    with pytest.raises(UsageError, match="attention_mask"):
+        train(source, Unmasked())
+    with pytest.raises(UsageError, match="train"):
+        train(source, frozen)
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    with pytest.raises(UsageError, match="transform"):
+        hf(datasets.Dataset.from_dict({"image": [], "label": []}, features=features), x="image")
+
+
+def test_the_extra_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError) as error:
+        hf([1])
+    assert error.value.write == "pip install 'atoll[hf]'"

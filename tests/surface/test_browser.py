@@ -255,6 +255,44 @@ def plain(text):
     return "".join("·" if ord(c) < 32 or 0x2028 <= ord(c) <= 0x202E else c for c in text)
 
 
+FOCUS = "a[href], button, input, select, summary, [tabindex='0']"
+
+
+def test_the_keyboard_reaches_each_control_and_moves_a_curve(chromium, demo):
+    run = min(path.name for path in demo.glob("2*"))
+    with served(demo) as (url, _):
+        for address in (url, f"{url}#{run}"):
+            page = chromium.new_page(viewport={"width": 1440, "height": 900})
+            page.goto(address)
+            until(page, "document.querySelectorAll('main tr').length > 1")
+            page.wait_for_timeout(500)
+            count = page.evaluate(
+                f'[...document.querySelectorAll("{FOCUS}")].filter((e) => e.checkVisibility()).length'
+            )
+            page.evaluate("globalThis.seen = new Set(); globalThis.bare = []")
+            for _ in range(count):
+                page.keyboard.press("Tab")
+                page.evaluate("""() => { const e = document.activeElement; seen.add(e);
+                    if (getComputedStyle(e).outlineStyle === "none") bare.push(e.outerHTML.slice(0, 80)); }""")
+            assert page.evaluate("[seen.size, bare]") == [count, []], address
+        page.locator(".plot").first.focus()
+        curve = "[...atoll.view().curves.values()][0].plot.scales.x"
+        whole = page.evaluate(f"[{curve}.min, {curve}.max]")
+        page.keyboard.press("+")
+        page.keyboard.press("Shift+ArrowRight")
+        low, high = page.evaluate(f"[{curve}.min, {curve}.max]")
+        assert whole[0] < low and high - low == pytest.approx((whole[1] - whole[0]) / 2)
+        box = page.locator(".plot .u-over").first.bounding_box()
+        page.keyboard.down("Shift")
+        page.mouse.move(box["x"] + 50, box["y"] + 50)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 90, box["y"] + 50, steps=4)
+        page.mouse.up()
+        page.keyboard.up("Shift")
+        assert page.evaluate(f"{curve}.min") < low and page.evaluate(f"{curve}.max") < high
+        page.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_access_widths_and_sizes_of_text(chromium, axe, demo, scheme):
     wrong = []

@@ -270,6 +270,6 @@ def test_links_lead_to_files(page):
 
 @pytest.mark.parametrize("page", **named(PAGES))
 def test_pictures_are_there_and_small(page):
-    for name in re.findall(r"\((pictures/[\w-]+\.\w+)\)|\} (pictures/[\w-]+\.\w+)", page.read_text(encoding="utf-8")):
+    for name in re.findall(r"\((pictures/[\w/-]+\.\w+)\)|\} (pictures/[\w/-]+\.\w+)", page.read_text(encoding="utf-8")):
         file = page.parent / "".join(name)
         assert file.stat().st_size < 60_000, file.name

@@ -5,6 +5,7 @@ Tests: tests/data/test_hub.py
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from atoll.base.errors import UsageError, unknown_name
-from atoll.base.lines import Line
+from atoll.base.lines import Line, Write
 from atoll.base.validation import check_arguments
 from atoll.data.arrays import arrays
 from atoll.data.rows import IGNORED
@@ -104,7 +105,8 @@ def _check_part(part: Any) -> None:
     if part is None:
         return
     if not hasattr(part, "features") or not hasattr(part, "with_format"):
-        write = Line(python="atoll.data.dataset(ds)")
+        missing = importlib.util.find_spec("datasets") is None
+        write: Write = "pip install 'atoll[hf]'" if missing else Line(python="atoll.data.dataset(ds)")
         raise UsageError(f"{type(part).__name__} is no datasets.Dataset.", "a Dataset or a DatasetDict.", write=write)
     if not hasattr(part, "__len__"):
         raise UsageError(

@@ -79,3 +79,18 @@ def formula_of(text: str) -> str:
         return text
     parts = {**DEFAULTS, **dict(zip(DEFAULTS, given, strict=False)), **words}
     return formula(parts) if name == "Plan" and parts["local"] and parts["aggregator"] else text
+
+
+def without_identity(text: str) -> str:
+    """A formula without the codec that changes nothing, and without the pace that waits for all clients.
+
+    Example:
+        >>> print(without_identity(formula_of("Plan(Gradient(), aggregator=Mean(), optimizer=sgd(0.1))")))
+        cohort = Everyone()
+        gᵢ     = Gradient()(θ, dataᵢ)
+        g      = Mean()(gᵢ, wᵢ)
+        θ⁺     = sgd(0.1)(θ, g, round)
+    """
+    codec = f"mᵢ     = {DEFAULTS['codec']}(gᵢ)\n"
+    text = text.replace(f"          pace {DEFAULTS['pace']}\n", "\n")
+    return text.replace(codec, "").replace("(mᵢ, wᵢ)", "(gᵢ, wᵢ)") if codec in text else text

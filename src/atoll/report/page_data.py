@@ -21,6 +21,7 @@ from msgspec import Struct
 from atoll import runs
 from atoll.base.names import COUNTS
 from atoll.compute.metric_names import PERSONAL
+from atoll.plan.formula import without_identity
 from atoll.report.chart import thin
 from atoll.report.run_data import RunData
 from atoll.runs.folder import CLIENTS
@@ -181,7 +182,7 @@ def page_data(folder: Path, record: RunData | None = None, *, report: bool = Fal
         data=_short(record.config.get("data")),
         model=_short(record.config.get("model")),
         plan=_short(record.environment.get("plan") or record.config.get("plan")),
-        formula=record.formula[:_MOST_TEXT],
+        formula=without_identity(record.formula)[:_MOST_TEXT],
         columns=columns,
         labels={name: label(name) for name in columns},
         rising={name: up for name in columns if (up := rises(name)) is not None},
