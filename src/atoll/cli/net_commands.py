@@ -60,6 +60,8 @@ class ServerFlags:
     window: Annotated[str, flag(RUNNING, "Bytes of large messages in flight. Default: 256 MiB.")] = "256MiB"
     keep_updates: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
         help="Keep all accepted updates on disk, for `atoll verify`.")] = False  # fmt: skip
+    insecure: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
+        help="No TLS, for a rehearsal on the loopback interface.")] = False  # fmt: skip
     stay: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
         help="Listen after the run, and wait for the next one.")] = False  # fmt: skip
 
@@ -121,6 +123,7 @@ def serve(
         drain=server.drain,
         files=Files.read(identity.cert, identity.key, identity.ca),
         keep_updates=server.keep_updates,
+        insecure=server.insecure,
         **_net_settings(net),
     )
     from atoll.net.loop import collect_rarely

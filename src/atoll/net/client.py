@@ -8,6 +8,7 @@ Tests: tests/faults/test_rehearsal.py
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 import aiohttp
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from atoll.base.errors import RunError, UsageError
 from atoll.base.files import atomic_write
@@ -90,6 +92,11 @@ class Membership:
         identity.check_dates(certificate, datetime.now(UTC), again)
         return identity.client_context(*files)
 
+    def stated(self) -> str:
+        """The own certificate as base64, for a server without TLS."""
+        certificate = x509.load_pem_x509_certificate((self.home / "certificate.pem").read_bytes())
+        return base64.b64encode(certificate.public_bytes(serialization.Encoding.DER)).decode()
+
     def renewal_due(self) -> bool:
         """Whether two thirds of the lifetime of a certificate of the federation have passed."""
         if self.files is not None:
@@ -148,7 +155,7 @@ async def _enrol_at(
             context = identity.client_context(None, None, home / "ca.pem")
         else:
             context = identity.client_context(*map(Path, files))
-        async with session.post(f"https://{address}/v1/enrol", ssl=context, json=fields) as answer:
+        async with session.post(f"{identity.url_of(address)}/v1/enrol", ssl=context, json=fields) as answer:
             body = await _body(answer, 1 << 16)
             if answer.status != 200:
                 raise _denied(answer.status, body)
@@ -165,7 +172,7 @@ async def _fetch_authority(session: aiohttp.ClientSession, address: str, token: 
     """Write the authority of a federation, if it is that of the token."""
     fetch = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     fetch.check_hostname, fetch.verify_mode = False, ssl.CERT_NONE  # the hash in the token decides
-    async with session.get(f"https://{address}/v1/ca", ssl=fetch) as answer:
+    async with session.get(f"{identity.url_of(address)}/v1/ca", ssl=fetch) as answer:
         pem = await _body(answer, 1 << 16)
         if answer.status == 403:
             raise _denied(answer.status, pem)
@@ -296,8 +303,11 @@ class Client:
         context = self.member.context()
         limits = aiohttp.ClientTimeout(total=None, connect=30, sock_connect=10)
         connector = aiohttp.TCPConnector(keepalive_timeout=KEPT_S)
+        url, headers = identity.url_of(address), {}
+        if url.startswith(identity.PLAIN):
+            headers[wire.CERTIFICATE] = self.member.stated()
         async with aiohttp.ClientSession(
-            f"https://{address}", connector=connector, timeout=limits, trust_env=True
+            url, connector=connector, timeout=limits, trust_env=True, headers=headers
         ) as session:
             if self.member.renewal_due():
                 await self._renew(session, context)

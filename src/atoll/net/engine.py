@@ -170,12 +170,15 @@ class ServerEngine(Engine):
         limits = Limits(spec.lease_s, absent, spec.work_s, window=spec.window, max_rows=spec.max_rows)
         coordinator = Coordinator(epoch, database.federation, own_versions(), limits)
         files = Files.read(*spec.files) if spec.files is not None else None
-        self._net = Listener(self.home.path, database, self.home.authority, coordinator, spec.hosts, files)
+        self._net = Listener(
+            self.home.path, database, self.home.authority, coordinator, spec.hosts, files, spec.insecure
+        )
         self._net.awaited = lambda: self.awaited
         self._net.step = lambda: "" if self._sums is None else self._sums.step
         host, port = self.home.listen_address(spec.listen)
         address = self._net.start(host, port)
         database.put("address", address)
+        database.put("insecure", "1" if spec.insecure else None)
         database.put("hosts", json.dumps(spec.hosts))
         if spec.clients is not None:
             database.put("clients", str(spec.clients))

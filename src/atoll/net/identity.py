@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hmac
 import ipaddress
 import os
@@ -203,6 +204,42 @@ def check_address(address: str) -> str:
             Line(shell=f"--address server.example.org:{port}"),
         )
     return address
+
+
+PLAIN = "http://"  # before an address without TLS
+
+
+def plain_address(address: str) -> str:
+    """An address without TLS, for a server with --insecure.
+
+    Raises:
+        UsageError: it is not an address of the loopback interface.
+    Example:
+        >>> plain_address("127.0.0.1:4433")
+        'http://127.0.0.1:4433'
+    """
+    host = address.removeprefix(PLAIN).rpartition(":")[0].strip("[]")
+    local = host == "localhost"
+    with contextlib.suppress(ValueError):
+        local = local or ipaddress.ip_address(host).is_loopback
+    if not local:
+        raise UsageError(
+            f"--insecure with the address {address}.",
+            "an address of the loopback interface.",
+            "without TLS everyone on the way reads and changes the messages.",
+            Line(shell="--listen 127.0.0.1:0"),
+        )
+    return PLAIN + address.removeprefix(PLAIN)
+
+
+def url_of(address: str) -> str:
+    """The address of a server as the start of a URL. Without TLS it is one of the loopback interface.
+
+    Example:
+        >>> url_of("server.example.org:4433")
+        'https://server.example.org:4433'
+    """
+    return plain_address(address) if address.startswith(PLAIN) else f"https://{address}"
 
 
 # 2. Keys and certificates
@@ -417,6 +454,15 @@ class Authority:
     federation: str
     certificate: x509.Certificate
     key: PrivateKey = field(repr=False)
+
+    def has_issued(self, der: bytes, now: datetime) -> bool:
+        """Whether the authority has signed this certificate, and it is valid now."""
+        try:
+            certificate = x509.load_der_x509_certificate(der)
+            certificate.verify_directly_issued_by(self.certificate)
+        except (ValueError, TypeError, InvalidSignature):
+            return False
+        return certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc
 
     @classmethod
     def new(cls, federation: str, now: datetime) -> Authority:

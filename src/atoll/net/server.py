@@ -18,6 +18,7 @@ Tests: tests/faults/test_federation.py, tests/faults/test_rehearsal.py
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import errno
 import json
@@ -100,6 +101,7 @@ class Listener:
         coordinator: the state machine.
         hosts: further host names and addresses in its certificate.
         files: the certificate of an institution, which replaces the authority.
+        insecure: whether connections have no TLS. A client then states its certificate, without a proof of its key.
     """
 
     def __init__(
@@ -110,8 +112,9 @@ class Listener:
         coordinator: Coordinator,
         hosts: tuple[str, ...] = (),
         files: identity.Files | None = None,
+        insecure: bool = False,
     ) -> None:
-        self.files = files
+        self.files, self.insecure = files, insecure
         self.home, self.store, self.authority, self.coordinator, self.hosts = home, store, authority, coordinator, hosts
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.address = ""
@@ -154,8 +157,10 @@ class Listener:
         """Listen. Returns the address, `host:port`.
 
         Raises:
-            UsageError: the address is in use, or it does not belong to this machine.
+            UsageError: the address is in use, it does not belong to this machine, or others can reach it without TLS.
         """
+        if self.insecure:
+            identity.plain_address(f"{host}:{port}")
         started: queue.SimpleQueue[str | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, args=(host, port, started), name="atoll-net", daemon=True)
         self._thread.start()
@@ -287,7 +292,8 @@ class Listener:
             bound = listening[0].getsockname()
             shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
             started.put(f"{shown}:{bound[1]}")
-            accepting = [asyncio.create_task(self._accept(one, serving, context)) for one in listening]
+            tls = None if self.insecure else context
+            accepting = [asyncio.create_task(self._accept(one, serving, tls)) for one in listening]
             timer = asyncio.create_task(self._timer())
             await self._stopping.wait()
             wakes = required(self._wakes, "event loop")
@@ -307,13 +313,14 @@ class Listener:
                 one.close()
             await runner.cleanup()
 
-    async def _accept(self, listening: socket.socket, make: Any, context: ssl.SSLContext) -> None:
+    async def _accept(self, listening: socket.socket, make: Any, context: ssl.SSLContext | None) -> None:
         """Accept connections. One that would take the descriptors of files is closed before its handshake."""
         loop, beginning = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+        limit = None if context is None else HEAD_S
 
         async def begin(link: socket.socket) -> None:
             try:
-                await loop.connect_accepted_socket(make, sock=link, ssl=context, ssl_handshake_timeout=HEAD_S)
+                await loop.connect_accepted_socket(make, sock=link, ssl=context, ssl_handshake_timeout=limit)
             except (OSError, TimeoutError):  # the handshake failed
                 link.close()
 
@@ -552,9 +559,12 @@ class Listener:
         Raises:
             HTTPForbidden: no certificate, or one of no client of the federation.
         """
-        transport = request.transport
-        tls = None if transport is None else transport.get_extra_info("ssl_object")
-        der = None if tls is None else tls.getpeercert(binary_form=True)
+        if self.insecure:
+            der = self._stated(request)
+        else:
+            transport = request.transport
+            tls = None if transport is None else transport.get_extra_info("ssl_object")
+            der = None if tls is None else tls.getpeercert(binary_form=True)
         if not der:
             raise web.HTTPUnauthorized(text="no client certificate")
         self._refresh()
@@ -563,6 +573,13 @@ class Listener:
         if client is None:
             raise web.HTTPForbidden(text="no client of this federation has this certificate")
         return client, peer
+
+    def _stated(self, request: web.BaseRequest) -> bytes | None:
+        """The certificate that a client without TLS states, if the authority has issued it and it is valid now."""
+        with contextlib.suppress(ValueError):
+            der = base64.b64decode(request.headers.get(wire.CERTIFICATE, ""), validate=True)
+            return der if self.authority.has_issued(der, datetime.now(UTC)) else None
+        return None
 
     async def _link(self, request: web.BaseRequest, _: bytes) -> web.StreamResponse:
         client, peer = self._peer(request)

@@ -47,6 +47,7 @@ class Server(grammar.Value, EngineSpec):
         files: the paths of a certificate, its key and the authority of the clients, if an institution has its own.
         scaled: whether the sites scale their rows by the statistics of the input; false while these are gathered.
         keep_updates: whether the messages of all accepted contributions stay on disk, for `atoll verify`.
+        insecure: whether connections have no TLS, on the loopback interface only. It is not kept for a restart.
         schema: the path of an `input.json`, if the server has no rows; None: the server's data gives the input.
     Raises:
         UsageError: a number is out of range.
@@ -77,6 +78,7 @@ class Server(grammar.Value, EngineSpec):
     scaled: bool = True
     files: tuple[str, str, str] | None = None
     keep_updates: bool = False
+    insecure: bool = False
 
     def __post_init__(self) -> None:
         low = {"clients": 1, "min_clients": 1, "max_rows": 1, "window": 1 << 16, "absent_s": 0, "drain": 0}
@@ -88,6 +90,13 @@ class Server(grammar.Value, EngineSpec):
                     f"at least {least}.",
                     write=Line(f"{name}={least}", f"--set net.{name}={least}"),
                 )
+        if self.insecure and self.files is not None:
+            raise UsageError(
+                "--insecure with --cert.",
+                "one of them.",
+                "a certificate has no use without TLS.",
+                Line(shell="--insecure"),
+            )
         for name in ("lease_s", "work_s", "step_s", "keys_s"):
             if getattr(self, name) <= 0:
                 raise UsageError(

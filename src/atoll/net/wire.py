@@ -76,6 +76,7 @@ ByeCode: TypeAlias = Literal[
     "behind", "frame", "order", "quota", "silent", "slow",
 ]  # fmt: skip
 
+CERTIFICATE = "Atoll-Certificate"  # the header in which a client states its certificate to a server without TLS
 HTTP_STATUS: Mapping[ReceiptCode, int] = {
     "received": 200,
     "conflict": 409,

@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 
 _COPIED = 1 << 26  # numbers of held-out rows that are copied, so that no train row stays in memory
 _NEXT = "next.toml"
-_OWN = {f.name for f in fields(Server)} - {"home", "listen", "hosts", "drain"}
+NO_TLS = "connections have no TLS: each process of this machine can read and change the messages"
+_OWN = {f.name for f in fields(Server)} - {"home", "listen", "hosts", "drain", "insecure"}
 
 
 class _Rows:
@@ -139,6 +140,8 @@ class Serving:
         self._training = self._opened()
         self._metrics: Metrics | None = None
         notify({"event": "listening", "address": self.address, "home": str(self._engine.home.path)})
+        if self._engine.spec.insecure:
+            notify({"event": "insecure", "reason": NO_TLS})
         systemd.notify("READY=1")
         if metrics is not None:
             self._measure(metrics)

@@ -24,7 +24,7 @@ from atoll.base.files import atomic_write
 from atoll.net.spec import Server
 from atoll.runs.events import Run
 from atoll.training.experiment import Experiment
-from atoll.training.serve import Terminated, serve_run, unfinished
+from atoll.training.serve import NO_TLS, Terminated, serve_run, unfinished
 
 if TYPE_CHECKING:
     from atoll.net.client import Notify
@@ -155,12 +155,15 @@ def _waiting(spec: Server, notify: Notify) -> Iterator[Listener]:
         epoch = at.database.begin_epoch(int(time.time()))
         coordinator = events.Coordinator(epoch, at.database.federation, own_versions(), limits)
         files = Files.read(*spec.files) if spec.files is not None else None
-        net = Listener(at.path, at.database, at.authority, coordinator, spec.hosts, files)
+        net = Listener(at.path, at.database, at.authority, coordinator, spec.hosts, files, spec.insecure)
         address = net.start(*at.listen_address(spec.listen))
         try:
             at.database.put("address", address)
+            at.database.put("insecure", "1" if spec.insecure else None)
             (at.path / STAYS).touch()
             notify({"event": "listening", "address": address, "home": str(at.path)})
+            if spec.insecure:
+                notify({"event": "insecure", "reason": NO_TLS})
             yield net
         finally:
             (at.path / STAYS).unlink(missing_ok=True)
