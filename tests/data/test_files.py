@@ -82,6 +82,24 @@ def test_both_readers_give_equal_sources_and_errors(tmp_path, text, monkeypatch)
     assert outcome() == one
 
 
+def test_a_number_that_means_missing_is_missing_at_every_door(tmp_path, monkeypatch):
+    df = pandas.DataFrame({"a": [1.0, -9.0, 3.0, 4.5], "b": [-9, 1, 2, 3], "y": [0.5, 1.5, 2.5, 3.5]})
+    df.to_csv(tmp_path / "t.csv", index=False)
+    text = df.astype({"a": str}).replace({"a": {"1.0": "+1"}})
+    text.to_csv(tmp_path / "u.csv", index=False)
+    doors = [
+        lambda: frame(df, na="none,-9"),
+        *(lambda n=n: csv(tmp_path / n, na="none,-9") for n in ("t.csv", "u.csv")),
+    ]
+
+    def gaps():
+        return [door().rows.take(np_range(4))[0].isnan().tolist() for door in doors]
+
+    assert gaps() == [[[False, True], [True, False], [False, False], [False, False]]] * 3
+    monkeypatch.setattr(files._Csv, "_plain", lambda self: False)
+    assert gaps() == gaps()[:1] * 3
+
+
 def np_range(n):
     import torch
 

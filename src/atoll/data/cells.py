@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -38,15 +38,24 @@ class Missing(NamedTuple):
     """The texts of missing values.
 
     Args:
-        texts: the missing texts, which hold for columns of numbers and of texts; None: in a column of numbers those of
-            `NUMBER_NA`, in upper or lower case; in a column of texts the empty cell and "?".
+        texts: the missing texts, which hold for columns of numbers and of texts; a number among them, such as -9, also
+            holds for its other texts and in a frame. None: in a column of numbers those of `NUMBER_NA`, in upper or
+            lower case; in a column of texts the empty cell and "?".
     """
 
     texts: tuple[str, ...] | None = None
 
     def number(self, text: str) -> bool:
         """Whether a cell of a column of numbers is missing."""
-        return text.lower() in NUMBER_NA if self.texts is None else text == "" or text in self.texts
+        if self.texts is None:
+            return text.lower() in NUMBER_NA
+        known = _numbers(self.texts)
+        return text == "" or text in self.texts or (bool(known) and is_number(text) and number(text) in known)
+
+    def marked(self, values: Array) -> Array:
+        """The numbers with NaN for those that are missing, float64 `[rows]`."""
+        known = _numbers(self.texts or ())
+        return np.where(np.isin(values, known), np.nan, values) if known else values
 
     def text(self, text: str) -> bool:
         """Whether a cell of a column of texts is missing."""
@@ -132,6 +141,12 @@ def is_number(text: str) -> bool:
     return True
 
 
+@cache
+def _numbers(texts: tuple[str, ...]) -> tuple[float, ...]:
+    """The numbers among some texts."""
+    return tuple(number(text) for text in texts if is_number(text))
+
+
 def loses_digits(text: str) -> bool:
     """Whether a number as float64 has another text: a code with leading zeros, or one with too many digits.
 
@@ -213,7 +228,7 @@ class ArrowCells:
         from pyarrow import compute
 
         try:
-            return _to_numpy(self.array.cast(pa.float64()))
+            return missing.marked(_to_numpy(self.array.cast(pa.float64())))
         except pa.ArrowInvalid:
             pass
         if TextCells(self.array.slice(0, _FIRST).to_pylist()).numbers(missing) is None:
@@ -221,21 +236,18 @@ class ArrowCells:
         trimmed = compute.utf8_trim_whitespace(self.array)
         words = sorted(NUMBER_NA) if missing.texts is None else ["", *missing.texts]
         known = compute.utf8_lower(trimmed) if missing.texts is None else trimmed
-        absent = compute.is_in(known, value_set=pa.array(words, pa.string()))
-        filled = compute.if_else(absent, pa.scalar(None, pa.string()), trimmed)
+        absent = compute.is_in(known, value_set=_arrow_texts(words))
+        filled = compute.if_else(absent, _arrow_texts(["nan"])[0], trimmed)
         try:
-            return _to_numpy(filled.cast(pa.float64()))
+            return missing.marked(_to_numpy(filled.cast(pa.float64())))
         except pa.ArrowInvalid:
             pass
-        rest = compute.unique(filled).to_pylist()  # Python reads some numbers that pyarrow does not, such as "+1"
-        values = TextCells(["" if text is None else text for text in rest]).numbers(missing)
-        return None if values is None else Texts(tuple(rest), _codes(filled, rest)).map(values.tolist())
+        levels, codes = _encoded(filled)
+        values = TextCells(levels).numbers(missing)  # Python reads some numbers that pyarrow does not, such as "+1"
+        return None if values is None else values[codes]
 
     def texts(self) -> Texts:
-        from pyarrow import compute
-
-        levels = compute.unique(self.array).to_pylist()
-        codes = _codes(self.array, levels)
+        levels, codes = _encoded(self.array)
         stripped = coded(levels)
         return Texts(stripped.levels, stripped.codes[codes])
 
@@ -246,19 +258,31 @@ class ArrowCells:
         return None
 
 
-def _codes(array: Any, levels: list[Any]) -> Array:
+def _encoded(array: Any) -> tuple[list[str], Array]:
+    """The distinct texts of an array of pyarrow, and the position of the text of each cell."""
     import pyarrow as pa
-    from pyarrow import compute
 
-    found = compute.index_in(array, value_set=pa.array(levels, pa.string()))
-    return np.asarray(found.to_numpy(zero_copy_only=False) if isinstance(found, pa.Array) else found.to_numpy()).astype(
-        np.int64
-    )
+    chunked = array if isinstance(array, pa.ChunkedArray) else pa.chunked_array([array])
+    chunks = chunked.dictionary_encode().unify_dictionaries().chunks
+    levels = chunks[0].dictionary.to_pylist() if chunks else []
+    return levels, _to_numpy(pa.chunked_array([chunk.indices for chunk in chunks], pa.int32()))
+
+
+def _arrow_texts(texts: Sequence[str]) -> Any:
+    """Texts as an array of pyarrow. `pyarrow.array` and `to_numpy` would import pandas, which takes half a second."""
+    import pyarrow as pa
+
+    data = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, data)], dtype=np.int32)
+    return pa.StringArray.from_buffers(len(data), pa.py_buffer(ends), pa.py_buffer(b"".join(data)))
 
 
 def _to_numpy(array: Any) -> Array:
-    """Convert an array of floats of pyarrow; null becomes NaN."""
-    found: Array = array.to_numpy(zero_copy_only=False)
+    """Convert numbers of pyarrow without nulls."""
+    import pyarrow as pa
+
+    chunks = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
+    found: Array = np.concatenate([np.zeros(0, array.type.to_pandas_dtype()), *map(np.from_dlpack, chunks)])
     return found
 
 
@@ -278,7 +302,7 @@ class NumberCells:
         return len(self.values)
 
     def numbers(self, missing: Missing) -> Array | None:
-        return self.values
+        return self.values if self.boolean else missing.marked(self.values)
 
     def texts(self) -> Texts:
         levels, codes = np.unique(self.values, return_inverse=True)
