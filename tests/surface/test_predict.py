@@ -18,6 +18,7 @@ from atoll import recipes
 from atoll.base.errors import UsageError
 from atoll.cli.app import answer
 from atoll.data import arrays, frame, load
+from atoll.data.cells import Missing
 from atoll.data.files import stream_table
 from atoll.data.input import Input
 
@@ -117,7 +118,7 @@ def test_one_path_for_named_sets(name, dtype):
     held = data.held_out.index
     x, y = source.rows.take(held)
     if source.cells is not None:
-        x = {name: np.asarray(cells.numbers(None))[held] for name, cells in source.cells.items()}
+        x = {name: np.asarray(cells.numbers(Missing()))[held] for name, cells in source.cells.items()}
     found = run.predictor.evaluate(x, y if data.classes is None else [data.classes[i] for i in y.tolist()])
     if data.kind == "regression":
         predicted = run.predictor.predict(x)
