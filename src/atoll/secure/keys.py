@@ -42,7 +42,7 @@ def extract(salt: bytes, secret: bytes) -> bytes:
 def expand(key: bytes, info: bytes, length: int = 32) -> bytes:
     """HKDF-Expand with SHA-256: T(i) = HMAC(key, T(i - 1) ‖ info ‖ i).
 
-    A server derives the keys of all pairs of lost clients. The object of `cryptography` costs ten times as much for one.
+    A server derives the keys of all pairs of lost clients, and the object of `cryptography` takes ten times as long.
     """
     block = out = b""
     for i in range(1, -(-length // 32) + 1):

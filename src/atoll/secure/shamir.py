@@ -10,8 +10,10 @@ Tests: tests/identities/test_secure.py
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 PRIME = (1 << 256) + 297
 SECRET_BYTES = 32
@@ -58,17 +60,24 @@ def share_out(
 def lagrange(xs: Sequence[int], at: int = 0, prime: int = PRIME) -> list[int]:
     """The Lagrange coefficients Π_{j≠i} (at - x_j) / (x_i - x_j) mod p of distinct points.
 
-    One list serves every secret that the same holders rebuild. Its cost is t² products and t inversions.
+    One list serves every secret that the same holders rebuild. It costs t² products of small numbers and one inversion.
     """
-    result = []
-    for i, x in enumerate(xs):
-        upper = lower = 1
-        for j, other in enumerate(xs):
-            if i != j:
-                upper = upper * (at - other) % prime
-                lower = lower * (x - other) % prime
-        result.append(upper * pow(lower, -1, prime) % prime)
-    return result
+    if at in xs:
+        return [int(x == at) for x in xs]
+    upper = math.prod(at - x for x in xs)
+    lower = [math.prod(x - other for other in xs if other != x) % prime for x in xs]
+    inverses = _inverses(lower, prime)
+    return [upper // (at - x) * inverse % prime for x, inverse in zip(xs, inverses, strict=True)]
+
+
+def _inverses(numbers: Sequence[int], prime: int) -> list[int]:
+    """1/x mod p of each number, by one inversion of their product."""
+    products = list(accumulate(numbers, lambda a, b: a * b % prime, initial=1))
+    rest, found = pow(products[-1], -1, prime), list(numbers)
+    for i in range(len(numbers) - 1, -1, -1):
+        found[i] = rest * products[i] % prime
+        rest = rest * numbers[i] % prime
+    return found
 
 
 def rebuild(shares: Mapping[int, int], coefficients: Sequence[int] | None = None, prime: int = PRIME) -> int:
