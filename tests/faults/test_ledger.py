@@ -117,6 +117,15 @@ def test_a_ledger_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(module.os, "fsync", full)
     with pytest.raises(RunError, match="No space left"):
         it.charge(1)
+    monkeypatch.undo()
+
+    def read_only(*args, **words):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("builtins.open", read_only)
+    with pytest.raises(RunError, match="Read-only"):
+        it.charge(1)
+    monkeypatch.undo()
     with pytest.raises(RunError, match="could not be written"):
         budget(tmp_path / "no folder" / "ledger.jsonl").charge(0)
 

@@ -10,6 +10,7 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from quick_cases import only
@@ -75,9 +76,22 @@ def test_aes_counter_mode_equals_its_vector() -> None:
     assert stream.hex() == "dc95c078a2408989ad48a21492842087530f8afbc74536b9a963b4f1c4cb738b"
 
 
+# The points of order 1, 2, 4 and 8 of Curve25519 and its twist, and their other encodings below 2^255.
+_LOW_ORDER = [
+    "00" * 32,
+    "01" + "00" * 31,
+    "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+    "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+    "ecffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "edffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+    "eeffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff7f",
+]
+
+
 def test_a_low_order_key_is_refused() -> None:
-    with pytest.raises(ValueError):
-        keys.exchange(X25519PrivateKey.generate(), bytes(32))
+    for point in _LOW_ORDER:
+        with pytest.raises(ValueError):
+            keys.exchange(X25519PrivateKey.generate(), bytes.fromhex(point))
 
 
 def test_the_graph_equals_its_vector() -> None:
@@ -345,6 +359,17 @@ def test_a_late_vector_is_not_read() -> None:
 def test_a_sum_of_two_is_refused() -> None:
     with pytest.raises(UsageError):
         SumServer(agreement(), {}.get, least=2)
+
+
+def test_hybrid_keys_without_ml_kem_are_refused_and_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Without:
+        @staticmethod
+        def from_seed_bytes(seed: bytes) -> None:
+            raise UnsupportedAlgorithm("ML-KEM-768")
+
+    monkeypatch.setattr(keys, "MLKEM768PrivateKey", Without)
+    with pytest.raises(UsageError, match="Masks\\(hybrid=False\\)"):
+        Group(4, agreement(hybrid=True))
 
 
 # 4. What stays secret

@@ -11,7 +11,7 @@ from atoll import recipes
 from atoll.base.errors import RunError, UsageError
 from atoll.cli.output import outcome
 from atoll.data import IID
-from atoll.plan.codec import Clip, Noise
+from atoll.plan.codec import Clip, Identity, Noise
 from atoll.runs.summary import summary
 from atoll.training.privacy import CLIENTS_ROWS, NOT_PRIVATE
 
@@ -136,6 +136,12 @@ def test_runs_share_a_ledger(digits, tmp_path):
     assert not (second.path / "ledger.jsonl").exists()
 
 
+class Foreign(Identity):
+    """Noise of a user: it draws from the entropy, and states no event."""
+
+    uses_entropy = True
+
+
 def refusals(data):
     from atoll.plan.optimizer import sgd
     from atoll.training.stop import Target
@@ -147,6 +153,7 @@ def refusals(data):
         ({"baselines": True}, PLAN, data, "baselines=False"),
         ({"stop": Target("loss", 0.1)}, PLAN, data, "Target("),
         ({"budget": 3.0}, plain, data, "Clip(1.0) >> Noise(1.0)"),
+        ({"budget": 3.0}, replace(plain, codec=Clip(1.0) >> Foreign()), data, "Clip(1.0) >> Noise(1.0)"),
         ({"delta": 1e-5}, replace(plain, codec=Clip(1.0)), data, "Clip(1.0) >> Noise(1.0)"),
         ({"ledger": "x.jsonl", "randomness": "seed"}, PLAN, data, 'randomness="system"'),
         ({"delta": 0.01}, PLAN, data, "delta=0.0001"),
@@ -157,7 +164,7 @@ def refusals(data):
     ]
 
 
-@pytest.mark.parametrize("at", range(12))
+@pytest.mark.parametrize("at", range(13))
 def test_rows_outside_the_accountant_are_refused_with_a_line(digits, at, tmp_path):
     words, plan, data, line = refusals(digits)[at]
     with pytest.raises(UsageError) as caught:

@@ -20,9 +20,12 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import TypeAlias
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from atoll.base.errors import UsageError
 
 LABEL = b"atoll/secagg/v1/"
 OfVector: TypeAlias = Callable[[str, int, int], bytes]  # (name, words, ring) -> key
@@ -58,6 +61,23 @@ def exchange(private: X25519PrivateKey, public: bytes) -> bytes:
         ValueError: a key of wrong length or of low order, whose exchange is zero.
     """
     return private.exchange(X25519PublicKey.from_public_bytes(public))
+
+
+def kem_key(seed: bytes) -> MLKEM768PrivateKey:
+    """The ML-KEM-768 key of a seed of 64 bytes.
+
+    Raises:
+        UsageError: the OpenSSL of `cryptography` has no ML-KEM.
+    """
+    try:
+        return MLKEM768PrivateKey.from_seed_bytes(seed)
+    except UnsupportedAlgorithm as error:
+        raise UsageError(
+            "Masks(hybrid=True) without ML-KEM-768.",
+            "a version of cryptography with ML-KEM-768, as its wheels have since 50.",
+            "without it a transcript opens to a later quantum computer.",
+            "Masks(hybrid=False)",
+        ) from error
 
 
 def _vector(name: str, words: int, ring: int) -> bytes:
@@ -108,7 +128,7 @@ class MaskKeys:
         root = extract(LABEL + b"seed", seed)
         self.exchange_key = X25519PrivateKey.from_private_bytes(expand(root, b"x25519"))
         self.public = self.exchange_key.public_key().public_bytes_raw()
-        self.kem = MLKEM768PrivateKey.from_seed_bytes(expand(root, b"mlkem768", 64)) if hybrid else None
+        self.kem = kem_key(expand(root, b"mlkem768", 64)) if hybrid else None
         self.kem_public = self.kem.public_key().public_bytes_raw() if self.kem else b""
 
     def pair_seed(self, sid: bytes, high: int) -> bytes:
@@ -143,7 +163,7 @@ class Secrets:
 
     def __init__(self, hybrid: bool) -> None:
         self.channel = X25519PrivateKey.generate()
-        self.channel_kem = MLKEM768PrivateKey.generate() if hybrid else None
+        self.channel_kem = kem_key(os.urandom(64)) if hybrid else None
         self.a, self.b = os.urandom(32), os.urandom(32)
         self.mask = MaskKeys(self.a, hybrid)
 
