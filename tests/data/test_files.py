@@ -158,6 +158,9 @@ def test_latin_1_binary_and_nested_files(tmp_path):
     with pytest.raises(UsageError, match="Column 'a' contains List"):
         load(nested)
     TABLE.to_excel(tmp_path / "t.xlsx", index=False, sheet_name="May")
+    codes = pandas.DataFrame({"u": range(4), "by": ["007", "7"] * 2, "y": ["a", "b"] * 2})
+    codes.to_excel(tmp_path / "codes.xlsx", index=False)
+    assert load(tmp_path / "codes.xlsx", target="y", by="by").names == ("007", "7")
     with pytest.raises(UsageError, match="no sheet 'Mai'"):
         load(tmp_path / "t.xlsx", sheet="Mai")
     with pytest.raises(UsageError, match="no sheet 'Sales'") as refusal:

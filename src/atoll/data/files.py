@@ -282,9 +282,8 @@ def _excel(path: Path, sheet: str | None) -> Any:
                 near = did_you_mean(sheet, names)
                 line = Change("sheet", near) if near else ""
                 raise UsageError(f"{path} has no sheet {sheet!r}.", f"one of {', '.join(names)}.", write=line)
-            return pandas.read_excel(
-                book, sheet_name=names[0] if sheet is None else sheet, keep_default_na=False, na_values=[""]
-            )
+            name = names[0] if sheet is None else sheet  # dtype: pandas would read the text 007 as the number 7
+            return pandas.read_excel(book, sheet_name=name, dtype=object, keep_default_na=False, na_values=[""])
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, UsageError):
             raise

@@ -33,7 +33,9 @@ from atoll.data.cells import (
     cells_of,
     code_of,
     coded,
+    comma_number,
     frame_cells,
+    is_number,
     loses_digits,
 )
 from atoll.data.columns import Rules, Typed, absent, feature, numbers_in_texts, picked, thousands_points, typed
@@ -563,6 +565,7 @@ def _target(
         return torch.tensor(values), kind, None, notes
     texts = one.texts()
     if values is None or truth:
+        _refuse_many_classes(name, texts)
         codes, classes = _text_classes(texts)
         notes += _odd_classes(name, texts, options)
     else:
@@ -573,6 +576,20 @@ def _target(
     if len(classes) == 1:
         notes = (*notes, f"All rows have the class {classes[0]!r} in column {name!r}: every answer is right.")
     return codes, kind, classes, notes
+
+
+def _refuse_many_classes(name: str, texts: Texts) -> None:
+    """Refuse a target in which most rows have a text of their own, such as numbers with some other texts."""
+    there = [text for text, count in zip(texts.levels, texts.counts.tolist(), strict=True) if count]
+    if len(there) <= max(WHOLE_CLASSES, len(texts.codes) / 2):
+        return
+    wrong = [text for text in there if not is_number(text) and comma_number(text) is None]
+    raise UsageError(
+        f"Column {name!r} has {len(there)} different texts in {len(texts.codes)} rows.",
+        "classes that several rows share, or numbers.",
+        "each text is a class, and a class needs rows to train on.",
+        Change("na", ",".join(wrong)) if 0 < len(wrong) <= WHOLE_CLASSES else "",
+    )
 
 
 def _text_classes(texts: Texts) -> tuple[torch.Tensor, tuple[str, ...]]:
