@@ -2,6 +2,7 @@
 
 import base64
 import http.client
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -9,9 +10,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from test_federation import Hosted, client
 
-from atoll.base.errors import UsageError
+from atoll.base.errors import RunError, UsageError
 from atoll.net import identity, wire
 from atoll.net.home import ServerHome
+from atoll.net.join import join_federation
 from atoll.net.spec import Server
 
 
@@ -47,6 +49,8 @@ def test_a_run_without_tls_is_announced_and_for_its_own_certificates_only(tmp_pa
     found = {name: status(server.address, path, der) for name, der in stated.items()}
     assert found == {"unknown": 403, "other": 401, "expired": 401, "authority": 403, "garbage": 401}
     assert status(server.address, path) == 401 and status(server.address, "/healthz") == 200
+    with pytest.raises(RunError, match="has no TLS"):
+        join_federation(replace(token, addresses=(server.address,)).text(), tmp_path / "with-tls", "digits", seat=True)
     thread, codes = client(token.text(), tmp_path / "site-0", [])
     assert server.run().rounds == 1
     thread.join(30)

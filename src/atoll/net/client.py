@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives import serialization
 
 from atoll.base.errors import RunError, UsageError
 from atoll.base.files import atomic_write
+from atoll.base.lines import Line
 from atoll.data.input import Input
 from atoll.net import identity, systemd, wire
 from atoll.net.policy import is_approved
@@ -115,7 +116,7 @@ async def enrol(token: identity.Token, home: Path, notify: Notify, files: identi
         files: a certificate of an institution. Then the token only registers the identity key of the site.
     Raises:
         UsageError: the server refuses the token.
-        RunError: another certificate authority answers.
+        RunError: another certificate authority answers, or a program without TLS.
     """
     if time.time() >= token.expires:
         raise UsageError("The token has expired.", "a token that is valid now.", write=f"atoll invite {token.name}")
@@ -133,6 +134,8 @@ async def enrol(token: identity.Token, home: Path, notify: Notify, files: identi
             except aiohttp.ClientConnectorCertificateError as error:
                 raise _foreign(address, error) from error
             except (aiohttp.ClientConnectionError, TimeoutError, OSError) as error:
+                if "WRONG_VERSION_NUMBER" in str(error):
+                    raise _without_tls(address, token.name) from error
                 notify({"event": "waiting", "address": address, "reason": _reason(error)})
         await pause(tries.next())
 
@@ -667,6 +670,15 @@ def _plain(text: str) -> str:
 def _reason(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     return f"{type(error).__name__}: {text}" if not isinstance(error, aiohttp.ClientError) else text
+
+
+def _without_tls(address: str, name: str) -> RunError:
+    return RunError(
+        f"The answer of {address} has no TLS.",
+        "the port of the server of the federation.",
+        "another program listens there, or the server was started with --insecure after the token was made.",
+        Line(shell=f"atoll invite {name} --home DIR"),
+    )
 
 
 def _foreign(address: str, error: Exception) -> RunError:
