@@ -152,7 +152,8 @@ async def _enrol_at(
         "identity": own.public_key().public_bytes_raw().hex(),
         "proof": identity.prove_identity(own, token.federation, token.name, secret, request).hex(),
     }
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30), trust_env=True) as session:
+    proxied = not address.startswith(identity.PLAIN)  # a proxy would carry the secret beyond this machine
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30), trust_env=proxied) as session:
         if files is None:
             await _fetch_authority(session, address, token, home)
             context = identity.client_context(None, None, home / "ca.pem")
@@ -307,10 +308,11 @@ class Client:
         limits = aiohttp.ClientTimeout(total=None, connect=30, sock_connect=10)
         connector = aiohttp.TCPConnector(keepalive_timeout=KEPT_S)
         url, headers = identity.url_of(address), {}
-        if url.startswith(identity.PLAIN):
+        plain = url.startswith(identity.PLAIN)
+        if plain:
             headers[wire.CERTIFICATE] = self.member.stated()
         async with aiohttp.ClientSession(
-            url, connector=connector, timeout=limits, trust_env=True, headers=headers
+            url, connector=connector, timeout=limits, trust_env=not plain, headers=headers
         ) as session:
             if self.member.renewal_due():
                 await self._renew(session, context)

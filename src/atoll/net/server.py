@@ -891,6 +891,7 @@ def _expects(request: web.BaseRequest) -> bool:
 _NAMED = re.compile("(/v1/blobs/|/v1/messages/)([0-9a-f]{32}|[0-9a-f]{64})")
 _ROUTES: Mapping[tuple[str, str, int], Callable[..., Any]] = {  # a method, a path, and the digits after it
     ("GET", "/healthz", 0): Listener._healthz,
+    ("HEAD", "/healthz", 0): Listener._healthz,
     ("GET", "/v1/ca", 0): Listener._ca,
     ("POST", "/v1/enrol", 0): Listener._enrol,
     ("POST", "/v1/renew", 0): Listener._renew,

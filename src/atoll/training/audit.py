@@ -51,10 +51,12 @@ class KeptUpdates(grammar.Value, EngineSpec):
     Args:
         home: the folder of the server.
         run: the name of the run.
+        clients: the number of clients of a closed run; None: the run was open.
     """
 
     home: str
     run: str
+    clients: int | None = None
 
     @property
     def needs_rows(self) -> bool:
@@ -89,9 +91,11 @@ class KeptUpdatesEngine(Engine):
             self._accepted = [database.accepted(spec.run, round) for round in range(len(self._started))]
         finally:
             home.close()
-        sizes = torch.zeros(1 + max(rows, default=0), dtype=torch.int64)
+        # A later run may have changed the rows and added clients. The weight of a contribution is its rows.
+        rows |= {one.client: one.weight for accepted in self._accepted for one in accepted}
+        sizes = torch.zeros(spec.clients or 1 + max(rows, default=0), dtype=torch.int64)
         for client, count in rows.items():
-            sizes[client] = count
+            sizes[client : client + 1] = count
         self._population = Population(len(sizes), sizes, 1)
 
     @property
@@ -159,7 +163,9 @@ def _recomputed(home: Path, run: str) -> tuple[int, list[str]]:
         it = Experiment.read(config)
         it = it.override(data=str(config / "input.json"), report=False, evaluate_every=0, stop=())
         schema = Schema.of_input(Input.read(config))
-        with Training(it._model(), schema, it.plan(), it.check(engine=KeptUpdates(str(home), run))) as training:
+        with Training(
+            it._model(), schema, it.plan(), it.check(engine=KeptUpdates(str(home), run, it.clients))
+        ) as training:
             return _compared(training, run, _models(home, run))
     except AtollError as error:
         return 0, [f"The run {run} cannot be computed again: {error.given}"]

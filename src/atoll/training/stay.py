@@ -47,6 +47,7 @@ def hand_over(it: Experiment, spec: Server) -> bool:
     Raises:
         UsageError: the run has a wrong setting, or another one waits already.
     """
+    from atoll.data.named import NAMED
     from atoll.net.store import claim_home
 
     home = Path(spec.home)
@@ -56,7 +57,7 @@ def hand_over(it: Experiment, spec: Server) -> bool:
         claim_home(home).close()
         return False  # a server that was killed has left the file
     data = Path(spec.schema or it.dataset)
-    it = it.override(data=str(data.resolve())) if data.is_file() else it
+    it = it.override(data=str(data.resolve())) if str(data) not in NAMED and data.exists() else it
     it.check(engine=spec)
     if (home / HANDED).exists():
         raise UsageError(f"Another run waits at {home}.", "one run at a time.", write=f"atoll status --home {home}")
