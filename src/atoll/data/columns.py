@@ -287,7 +287,7 @@ def picked(cells: Cells, keep: Array) -> Cells:
             return cells if keep.all() else DayCells(cells.values[keep])
     texts = cells.texts()
     codes = texts.codes[keep]
-    used = np.unique(codes[codes >= 0])
+    used = np.flatnonzero(np.bincount(codes[codes >= 0], minlength=len(texts.levels)))
     place = np.full(len(texts.levels) + 1, -1, dtype=np.int64)
     place[used] = np.arange(len(used))
     return LevelCells(Texts(tuple(texts.levels[i] for i in used), place[codes], texts.ordered))
