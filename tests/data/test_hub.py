@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,3 +265,35 @@ def test_the_extra_that_is_missing_is_named(monkeypatch):
     with pytest.raises(UsageError) as error:
         hf([1])
     assert error.value.write == "pip install 'atoll[hf]'"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore")  # of transformers and PEFT
+def test_the_programs_of_the_manual_run(datasets, tmp_path, monkeypatch):
+    """The blocks of docs/hugging_face.md in order, with a small BERT, a GPT-2 and reviews on the disk."""
+    transformers = pytest.importorskip("transformers", reason="the extra atoll[hf] is not installed")
+    pytest.importorskip("peft", reason="the extra atoll[hf] is not installed")
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(30))]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    kept = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    kept.save_pretrained("bert")
+    config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=128, num_labels=2, **BODY)
+    transformers.BertForSequenceClassification(config).save_pretrained("bert")
+    transformers.GPT2Config(vocab_size=len(words), **HALF | {"n_positions": 128}).save_pretrained("gpt2")
+    draw = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in draw.integers(0, 30, n)) for n in draw.integers(4, 9, 120)]
+    rows = {"text": texts, "label": [i % 2 for i in range(120)], "shop": [f"shop {i % 12}" for i in range(120)]}
+    datasets.Dataset.from_dict(rows).save_to_disk("reviews")
+    page = (Path(__file__).parents[2] / "docs" / "hugging_face.md").read_text()
+    space: dict[str, object] = {}
+    found = re.findall(r"^```py\n(.*?)^```", page, re.M | re.S)
+    for block in found:
+        exec(re.sub(r"rounds=\d+", "rounds=1, report=False", block), space)
+    assert len(found) == 4 and space["run"].rounds == 1
+    train(space["source"], space["model"], rounds=1)

@@ -164,6 +164,18 @@ def test_mlflow(cut_run, data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore")  # of MLflow and SQLAlchemy
+def test_the_program_of_the_manual_runs(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="the extra atoll[mlflow] is not installed")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "log_to_a_tracker.md").read_text()
+    (block,) = re.findall(r"^```py\n(.*?)^```", page, re.M | re.S)
+    exec(block.replace("observers=", "rounds=1, report=False, observers="), {})
+    assert (tmp_path / "runs" / "mlflow.db").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_tensorboard(cut_run):
     pytest.importorskip("tensorboardX", reason="the extra atoll[tensorboard] is not installed")
     reader = pytest.importorskip(
