@@ -131,6 +131,10 @@ def test_each_client_adds_noise_of_its_own_to_its_message():
         assert not chain.server_update(zero, {}, round_info(), Key(0))[0].means["update"].any()
         with pytest.raises(UsageError, match="has none"):
             chain.encode(x, {}, {}, Key(0))
+    for wrong in (math.nan, math.inf):
+        x[0, 0] = wrong
+        sent = chain.encode(x, {}, {}, key)[0]
+        assert sent[0].isnan().all() and sent[1].isfinite().all()
 
 
 def test_noise_of_clients_has_the_deviation_of_its_sum():

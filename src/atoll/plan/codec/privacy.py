@@ -224,7 +224,8 @@ class Noise(Codec):
             return x, {}, {}, memory
         bound, key = float(self.before.bound or math.inf), key.entropy.fold("noise")
         noisy = [_released(row, self.z, bound, key.only(k)) for k, row in enumerate(x)]
-        return torch.stack(noisy).to(x.dtype), {}, {}, memory
+        finite = x.isfinite().all(-1, keepdim=True)  # a grid has no NaN; the server drops the client by name
+        return torch.where(finite, torch.stack(noisy).to(x.dtype), torch.nan), {}, {}, memory
 
     def gain(self, layout: Layout) -> float:
         return 1.0 if self.by == "server" else math.inf
