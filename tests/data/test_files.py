@@ -139,6 +139,8 @@ def test_globs_folders_and_files_as_clients(tmp_path):
     (tmp_path / "w2.csv").write_text("other,y\n1,no\n")
     with pytest.raises(UsageError, match=r"w2\.csv and .*w0\.csv have different columns"):
         load(f"{tmp_path}/w*.csv", target="y")
+    (tmp_path / "w2.csv").write_text("whole,other,y\n1,2,no\n")
+    assert len(load(f"{tmp_path}/w*.csv", target="y", columns="whole")) == 61
     with pytest.raises(UsageError, match="No file matches"):
         load(f"{tmp_path}/v*.csv")
 
