@@ -74,7 +74,7 @@ def table(block: list[str]) -> Iterator[str]:
     """Convert a Markdown table."""
     yield from (".. list-table::", "   :header-rows: 1", "")
     for i, line in enumerate(block):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip("|"))]
         if i != 1:
             yield from (f"   {'* -' if not at else '  -'} {plain(cell)}" for at, cell in enumerate(cells))
     yield ""
