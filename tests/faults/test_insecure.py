@@ -27,6 +27,7 @@ def status(address, path, certificate=None):
         link.close()
 
 
+@pytest.mark.slow
 def test_a_run_without_tls_is_announced_and_for_its_own_certificates_only(tmp_path, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # no message takes the way over a proxy
     server = Hosted(tmp_path / "server", {"model": "softmax", "clients": 1, "rounds": 1}, insecure=True)

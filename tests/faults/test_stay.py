@@ -16,6 +16,7 @@ from atoll.training.stay import HANDED, STAYS, hand_over, serve_runs
 TEXTS = {"data": "digits", "report": "false", "model": "softmax", "clients": "2", "rounds": "1", "numerics": "fused"}
 
 
+@pytest.mark.slow
 def test_a_server_stays_between_runs_that_are_handed_to_it(tmp_path, capsys):
     home, events, runs, over = tmp_path / "server", [], [], threading.Event()
     spec, it = Server(str(home), drain=5.0), Experiment().with_settings(TEXTS)
