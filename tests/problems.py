@@ -111,7 +111,7 @@ def run(
     plan: Plan, engine: InProcessEngine, rounds: int = 2, seed: int = 0, init: Tensor | None = None
 ) -> tuple[State, list[Report]]:
     """Run some rounds from the start. Return the state after them and their reports."""
-    plan, task = bind(plan, engine), engine.task
+    plan, task = bind(plan, engine, engine.task), engine.task
     model = task.initial() if init is None else task.initial()._replace(theta=init)
     state, reports = State.first(plan, task, seed, Memory(plan.memory(task)), model), []
     for _ in range(rounds):
