@@ -40,7 +40,7 @@ pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
+autodoc_preserve_defaults = False  # the signature of `train` has more names than its source
 autodoc_typehints = "none"  # docstrings describe arguments, with shapes and units
 python_maximum_signature_line_length = 90
 
