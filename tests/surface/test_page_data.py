@@ -107,6 +107,7 @@ def test_hostile_text_survives_as_text(tmp_path):
         page = page_data(folder)
         assert json.loads(to_json(page))
         assert page.notes == [text] and page.reason == text and text in page.columns
+        assert not page.lines, "a failed run has no model to load"
     Labels(HOSTILE[0], HOSTILE).write(folder)
     known = [text.encode("utf-8", "replace").decode() for text in HOSTILE]
     assert Labels.read(folder) == Labels(HOSTILE[0], tuple(known))

@@ -129,7 +129,8 @@ def record(path: Path) -> str:
     )
     files = ", ".join(sorted(file.name for file in path.iterdir() if file.name != "lock"))
     lines.append(f"files   {near(path)}: {files}")
-    lines.append(f"next    {_next(path, about['status'])}")
+    if about["status"] != "failed":  # it has no model, and continues to the same failure
+        lines.append(f"next    {_next(path, about['status'])}")
     return "\n".join(lines)
 
 

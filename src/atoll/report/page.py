@@ -113,7 +113,7 @@ def _static(data: Page, record: RunData, drawings: Sequence[Drawing]) -> list[Ht
         _section("Notes", e("ul", *(e("li", note) for note in data.notes)) if data.notes else None),
         _section("Files", e("ul", *(e("li", name) for name in data.files)) if data.files else None),
         _section("config.toml", e("pre", data.config) if data.config else None),
-        _section("Load, predict, resume", e("pre", "\n".join(data.lines))),
+        _section("Load, predict, resume", e("pre", "\n".join(data.lines)) if data.lines else None),
     ]
 
 

@@ -106,7 +106,7 @@ class Page(Struct, omit_defaults=True, kw_only=True, frozen=True):
         banner: a warning above everything else.
         privacy: `epsilon`, `budget`, `delta`.
         waiting: the times of clients on the simulated clock.
-        lines: three lines of Python or shell: load, predict, resume.
+        lines: lines of Python or shell: load, predict, resume; none of a failed run.
         server: the present clients and the reason why nothing proceeds, of a served run.
     """
 
@@ -556,11 +556,13 @@ def _failures(record: RunData) -> TextTable | None:
 
 def _lines(record: RunData) -> list[str]:
     name = record.name
-    resume = f'atoll.train(model, data, plan, resume="{name}")' if record.config.get("python") else ""
+    python = f'atoll.train(model, data, plan, resume="{name}")' if record.config.get("python") else ""
+    if record.events.status == "failed":  # it has no model, and continues to the same failure
+        return []
     return [
         f'model = atoll.load("{name}")',
         f"atoll predict {name} rows.csv",
-        resume or f"atoll resume {name} --more 10",
+        python or f"atoll resume {name} --more 10",
     ]
 
 
