@@ -11,6 +11,7 @@ it to search for bugs, not in CI.
 import copy
 import gc
 import os
+import random
 import sys
 
 import pytest
@@ -32,6 +33,15 @@ def pytest_configure(config):
     """Load the profile before a test module is read, since the `settings` of a test extend those of the profile."""
     usual = "quick" if config.option.markexpr == "not slow" else "same"
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", usual))
+
+
+def pytest_runtest_setup():
+    """Seed the global generators: torch and NumPy start from random seeds, and modules without a key draw from them."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture
