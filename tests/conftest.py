@@ -38,7 +38,7 @@ def pytest_configure(config):
 def pytest_runtest_setup():
     """Seed the global generators: torch and NumPy start from random seeds, and modules without a key draw from them."""
     if torch := sys.modules.get("torch"):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed imports torch._dynamo, for seconds
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(0)
     random.seed(0)
