@@ -11,6 +11,7 @@ import torch
 import atoll
 from atoll.base.errors import RunError, UsageError
 from atoll.base.random import Key
+from atoll.cli import main
 from atoll.data import IID
 from atoll.plan import Plan
 from atoll.plan.aggregate import Masks, Mean
@@ -151,3 +152,8 @@ def test_a_round_of_few_ends_a_run_with_noise(digits) -> None:
     few = SimpleNamespace(arrived=torch.tensor([3]), started=9, void=True, failures=(), facts={}, _replace=dict)
     ended = enough(plan, SimpleNamespace(state=SimpleNamespace(round=2)), few)
     assert not len(ended["arrived"]) and ended["failures"][0].client == 3
+
+
+def test_a_rehearsal_on_other_engines_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--rehearse", "--engine", "processes"]) == 2
+    assert '--engine "InProcess(rehearse=True)"' in capsys.readouterr().err
