@@ -20,7 +20,8 @@ def verified(capsys, home):
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("settings", [SYNC, pytest.param(ASYNC, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [SYNC, ASYNC])
 def test_each_model_is_computed_again_from_its_updates(tmp_path, capsys, settings):
     settings = {"model": "softmax", "numerics": "fused", "rounds": 3, "clients": 3, **settings}
     server = Hosted(tmp_path / "server", settings, keep_updates=True)

@@ -77,6 +77,7 @@ def kept_update(plan, engine, client):
     return engine.gather(plan, state, cohort, state.key(), keep=[client]).kept[0].decoded.means["update"][0]
 
 
+@pytest.mark.slow
 def test_q_makes_losses_more_even():
     data = opposed()
     engine = engine_of(data)

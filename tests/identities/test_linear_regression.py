@@ -98,6 +98,7 @@ def test_a_run_that_stops_early_has_a_known_fraction_of_least_squares():
     assert run.metrics["r2"] == pytest.approx(0.3416, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_split_makes_the_same_steps(example, known):
     """gd, distributed_gd over 2, 7 and 442 workers, fedsgd of all over Quantity(1.5): iterates agree to 1e-12."""
     _, low, high = known

@@ -250,6 +250,7 @@ def test_threads_change_no_bit(name, body):
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
 
+@pytest.mark.slow
 def test_trying_chunks_and_threads_changes_no_bit():
     """An engine that tunes chunks and threads round by round equals one with a fixed chunk."""
     data = classification([7] * 24, shape=(6, 6))

@@ -334,6 +334,7 @@ def test_models_without_an_export(copy, tmp_path):
 # lr
 
 
+@pytest.mark.slow
 def test_range_test_on_a_quadratic():
     x = Key(3).normal(200).reshape(100, 2)
     data = arrays(x, x @ torch.tensor([1.0, -2.0]).double(), task="regression").split(1, held_out=0)
