@@ -7,6 +7,8 @@ WORKERS ?= 2
 # The tests of the source text. `make check` runs them, so `make test` does not.
 CHECKED := $(addprefix tests/surface/test_,house_rules.py contract.py homonyms.py limits.py)
 
+# A worker that has no test left takes some of the other one (`worksteal`).
+
 # Rewriting the asserts of all test files takes 20 s in each worker of a fresh clone. Quick tests show local variables
 # instead, and `make test-all` and `pytest FILE` show the parts of an assert.
 PLAIN := --assert=plain --showlocals
@@ -33,7 +35,7 @@ demo: .venv/.core ## train on the digits, 100 clients, beside pooled and local-o
 	.venv/bin/atoll run --baselines --out runs
 
 test: .venv/.dev ## install what tests need, run the quick tests and the examples in docstrings
-	$(PYTEST) -n $(WORKERS) $(PLAIN) -m "not slow" --doctest-modules tests src/atoll $(addprefix --ignore=,$(CHECKED) tests/surface/test_typing.py)
+	$(PYTEST) -n $(WORKERS) --dist worksteal $(PLAIN) -m "not slow" --doctest-modules tests src/atoll $(addprefix --ignore=,$(CHECKED) tests/surface/test_typing.py)
 
 test-all: .venv/.dev ## the same with the slow tests
 	$(PYTEST) -n $(WORKERS) --doctest-modules tests src/atoll
