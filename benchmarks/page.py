@@ -1,4 +1,4 @@
-"""The cost of the page: start, idle, training beside it, a large run in Chromium, the stream, a report, Hugging Face.
+"""The cost of the page: start, idle, training, a large run in Chromium, the stream, a report, Hugging Face.
 
     python benchmarks/page.py                        all tables, about five minutes
     python benchmarks/page.py --only start,idle      some of them

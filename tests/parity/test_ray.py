@@ -41,7 +41,7 @@ from atoll.testing import check_engine
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
 os.environ.update(
     RAY_worker_niceness="0"
-)  # Ray's default is 15: beside other programs, actors would start after minutes
+)  # Ray's default is 15: if other programs run, actors would start after minutes
 ray = pytest.importorskip("ray", reason="the extra atoll[ray] is not installed")
 
 FAIR = Mean("equal", over="expected")

@@ -360,9 +360,8 @@ class Input(msgspec.Struct, frozen=True, kw_only=True, dict=True, forbid_unknown
         last = len(column.levels) - 1 if column.other else -1
         missing = Missing(self.na)
         wanted = [ABSENT if missing.text(text) else text for text in texts.levels]
-        absent = math.nan if self.missing == "drop" else place.get(ABSENT, last)
-        codes = [absent if text == ABSENT else place.get(text, last) for text in wanted]
-        null = absent
+        null = math.nan if self.missing == "drop" else place.get(ABSENT, last)
+        codes = [null if text == ABSENT else place.get(text, last) for text in wanted]
         unknown: dict[str, int] = {}
         for text, code, count in zip(wanted, codes, texts.counts.tolist(), strict=True):
             if code < 0 and count:

@@ -66,6 +66,23 @@ class Stopped(KeyboardInterrupt):
     """The server stops, although the round is open."""
 
 
+def listener_of(home: ServerHome, spec: Server, limits: Limits) -> Listener:
+    """The event loop of a server in a new epoch. It has not started."""
+    database = home.database
+    epoch = database.begin_epoch(int(time.time()))
+    coordinator = Coordinator(epoch, database.federation, own_versions(), limits)
+    files = Files.read(*spec.files) if spec.files is not None else None
+    return Listener(home.path, database, home.authority, coordinator, spec.hosts, files, spec.insecure)
+
+
+def listen(net: Listener, home: ServerHome, spec: Server) -> str:
+    """Start an event loop, and return its address, which the home keeps for a restart."""
+    address = net.start(*home.listen_address(spec.listen))
+    home.database.put("address", address)
+    home.database.put("insecure", "1" if spec.insecure else None)
+    return address
+
+
 def _memory_reads_weights(plan: Plan, task: Task) -> bool:
     """Whether the memory with which clients begin depends on the weights of the first model."""
     start = task.start
@@ -164,21 +181,14 @@ class ServerEngine(Engine):
         share = spec.held_out, spec.min_rows, spec.seed, spec.clients or spec.min_clients, spec.scaled
         self._terms = Terms.of(task, Schema.of(data), self._options.model, *share).encode()
         self._hashes = wire.digest(self._terms), layout_hash(task.layout)
-        self.epoch = epoch = database.begin_epoch(int(time.time()))
         open_run = spec.clients is None
         absent = spec.absent_s if spec.absent_s is not None or not open_run else 0.0
         limits = Limits(spec.lease_s, absent, spec.work_s, window=spec.window, max_rows=spec.max_rows)
-        coordinator = Coordinator(epoch, database.federation, own_versions(), limits)
-        files = Files.read(*spec.files) if spec.files is not None else None
-        self._net = Listener(
-            self.home.path, database, self.home.authority, coordinator, spec.hosts, files, spec.insecure
-        )
+        self._net = listener_of(self.home, spec, limits)
+        self.epoch = self._net.coordinator.epoch
         self._net.awaited = lambda: self.awaited
         self._net.step = lambda: "" if self._sums is None else self._sums.step
-        host, port = self.home.listen_address(spec.listen)
-        address = self._net.start(host, port)
-        database.put("address", address)
-        database.put("insecure", "1" if spec.insecure else None)
+        listen(self._net, self.home, spec)
         database.put("hosts", json.dumps(spec.hosts))
         if spec.clients is not None:
             database.put("clients", str(spec.clients))

@@ -55,6 +55,7 @@ from atoll.net.secure import SiteSum, agreement_of
 from atoll.net.terms import Own, RefusedError, Terms, layout_hash, read_plan
 from atoll.net.wire import FrameError, LeaveCode, Seat, Work, chain_link, digest, tensor_table, work_id
 from atoll.plan.aggregate import Mean
+from atoll.plan.codec.privacy import noises_messages
 from atoll.plan.form import MessageError
 from atoll.plan.local import Evaluate, Gradient, Moments
 from atoll.plan.message import MessageForm
@@ -375,9 +376,8 @@ class Site:
         if broadcast.model.theta.shape != (layout.d,) or broadcast.model.theta.dtype != layout.dtype:
             raise RefusedError("layout", "The model version has another length.", f"{layout.d} numbers.")
         ids = Ids(torch.tensor([self.client]), torch.tensor([work.repeat]))
-        event = plan.codec.event(1.0)
         # The server learns no secret of a site: the noise protects the message from the server.
-        secret = os.urandom(SECRET_BYTES) if event is not None and event.messages else b""
+        secret = os.urandom(SECRET_BYTES) if noises_messages(plan.codec) else b""
         key = Key(int(work.key.seed), tuple(work.key.path), None, secret)
         memory, after = self.chain.next_memory(first) if work.kind == "round" else ({}, None)
         data = self._rows(work)

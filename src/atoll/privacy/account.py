@@ -25,6 +25,7 @@ from atoll.base.errors import UsageError
 from atoll.base.lines import Change, Part
 from atoll.compute.discrete_gaussian import DISTANCE
 from atoll.plan.codec import Chain, Noise
+from atoll.plan.codec.privacy import noises_messages
 from atoll.plan.conflicts import MISSED
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Selection
@@ -198,10 +199,8 @@ def selection_of(plan: Plan, clients: int, rounds: int) -> Selection:
             "ε follows from the noise on the sum of clipped updates, and from the chance of a client.",
             Part("Clip(1.0) >> Noise(1.0)", "codec"),
         )
-    event = plan.codec.event(selection.cohort)
-    if (
-        event is not None and event.messages
-    ):  # the server knows the clients of a round, and any two inputs are neighbours
+    if noises_messages(plan.codec):
+        # The server knows the clients of a round, and any two inputs are neighbours.
         return selection._replace(relation="replace one", rate=1.0, fixed_size=False)
     return selection
 

@@ -229,7 +229,7 @@ class RunFolder:
             folder = cls(path, store)
             try:
                 folder.lock()
-                about = {**about, "input": _sha256(input)[:16]} if input else about
+                about = {**about, "input": _input_digest(input)} if input else about
                 write(path / "environment.json", _json(about, indent=2))
                 if input:
                     write(path / "input.json", input)
@@ -595,15 +595,15 @@ def write_input(path: Path, data: bytes) -> None:
         data: the bytes of input.json.
     """
     write(path / "input.json", data)
-    about = read_environment(path)
-    if about and about.get("input") != _sha256(data)[:16]:
-        write(path / "environment.json", _json({**about, "input": _sha256(data)[:16]}, indent=2))
+    about, digest = read_environment(path), _input_digest(data)
+    if about and about.get("input") != digest:
+        write(path / "environment.json", _json({**about, "input": digest}, indent=2))
 
 
 def has_own_input(path: Path) -> bool:
     """Whether input.json has the bytes that the run wrote. A run of before did not record their digest."""
     recorded = read_environment(path).get("input")
-    return recorded is None or recorded == _sha256((path / "input.json").read_bytes())[:16]
+    return recorded is None or recorded == _input_digest((path / "input.json").read_bytes())
 
 
 def read_environment(path: Path) -> dict[str, Any]:
@@ -686,6 +686,11 @@ def _sha256(data: bytes) -> str:
     from hashlib import sha256  # it loads OpenSSL, and a list of runs needs no digest
 
     return sha256(data).hexdigest()
+
+
+def _input_digest(data: bytes) -> str:
+    """The digest of input.json in environment.json."""
+    return _sha256(data)[:16]
 
 
 def _plain(value: Any) -> Any:

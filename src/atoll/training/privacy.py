@@ -17,6 +17,7 @@ from atoll.compute.task import Task
 from atoll.data.clients import Clients
 from atoll.engine.protocols import Engine
 from atoll.net.spec import Server
+from atoll.plan.codec.privacy import noises_messages
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import OPEN, Population
 from atoll.privacy.ledger import Budget, Ledger
@@ -87,9 +88,8 @@ def budget_of(plan: Plan, data: Clients, settings: Settings) -> Budget | None:
 
 def claim_of(plan: Plan, randomness: str) -> str:
     """The outputs that ε of a plan with noise covers."""
-    event = plan.codec.event(1.0)
-    messages = event is not None and event.messages
-    return NOT_PRIVATE if randomness == "seed" else _CLAIM.format(", and each message of a client" if messages else "")
+    messages = ", and each message of a client" if noises_messages(plan.codec) else ""
+    return NOT_PRIVATE if randomness == "seed" else _CLAIM.format(messages)
 
 
 def check_clients(budget: Budget | None, clients: int) -> None:

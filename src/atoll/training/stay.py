@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -145,22 +144,15 @@ def _waiting(spec: Server, notify: Notify) -> Iterator[Listener]:
     """A server without a run: it enrols and welcomes clients, which wait."""
     from atoll.net import coordinator as events
     from atoll.net import wire
-    from atoll.net.client import own_versions
+    from atoll.net.engine import listen, listener_of
     from atoll.net.home import ServerHome
-    from atoll.net.identity import Files
-    from atoll.net.server import Listener
 
     at = ServerHome.open(Path(spec.home))
     try:
         limits = events.Limits(spec.lease_s, window=spec.window, max_rows=spec.max_rows)
-        epoch = at.database.begin_epoch(int(time.time()))
-        coordinator = events.Coordinator(epoch, at.database.federation, own_versions(), limits)
-        files = Files.read(*spec.files) if spec.files is not None else None
-        net = Listener(at.path, at.database, at.authority, coordinator, spec.hosts, files, spec.insecure)
-        address = net.start(*at.listen_address(spec.listen))
+        net = listener_of(at, spec, limits)
+        address = listen(net, at, spec)
         try:
-            at.database.put("address", address)
-            at.database.put("insecure", "1" if spec.insecure else None)
             (at.path / STAYS).touch()
             notify({"event": "listening", "address": address, "home": str(at.path)})
             if spec.insecure:

@@ -179,6 +179,12 @@ class AdaptiveClip(_Bounded):
             yield Conflict(f"{self!r} >> {kept!r}.", "a fixed clip.", why, f"Clip({self.start}) >> {kept!r}")
 
 
+def noises_messages(codec: Stage) -> bool:
+    """Whether each message of a client has noise, and not only the sum of a round."""
+    event = codec.event(1.0)
+    return event is not None and event.messages
+
+
 @dataclass(frozen=True, repr=False)
 class Noise(Codec):
     """Adds normal noise in proportion to the bound of the preceding stages: to the sum of a round, or to each update.
