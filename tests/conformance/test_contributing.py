@@ -8,16 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from problems import classification, run, seeded, task_of
 
 from atoll.base.errors import UsageError
 from atoll.base.grammar import parse
+from atoll.engine.inprocess import InProcessEngine
+from atoll.engine.simulation.fleet import Fleet
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Dynamic, Train
+from atoll.plan.optimizer.rules import sgd
+from atoll.plan.plan import Plan
 from atoll.plan.registry import PARTS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-SECTION = TEXT.partition("## An algorithm in one class\n")[2].partition("\n## ")[0]
 # Each block names its file in its first line.
-BLOCKS = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", SECTION, re.DOTALL | re.MULTILINE))
+BLOCKS = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))
 
 
 def lines_of(name):
@@ -36,9 +43,9 @@ def modules(tmp_path, monkeypatch):
 
 
 def test_sizes():
-    """An aggregator in at most 20 lines, imports included, and a recipe in one."""
-    assert list(BLOCKS) == ["vote", "recipes_of_mine", "train", "test_vote"]
-    assert len(lines_of("vote")) <= 20
+    """An aggregator in at most 20 lines and FedDyn in at most 25, imports included, and a recipe in one."""
+    assert list(BLOCKS) == ["vote", "recipes_of_mine", "train", "test_vote", "dyn"]
+    assert len(lines_of("vote")) <= 20 and len(lines_of("dyn")) <= 25
     (recipe,) = [node for node in ast.parse(BLOCKS["recipes_of_mine"]).body if not isinstance(node, ast.ImportFrom)]
     assert recipe.lineno == recipe.end_lineno
 
@@ -54,6 +61,21 @@ def test_recipe_trains(modules, capsys):
     assert run.rounds == 50 and run.reports[0].metrics["loss"] > 2 * run.metrics["loss"]
 
 
+@pytest.mark.parametrize("numerics", ["lanes", "fused"])
+def test_feddyn_outside_the_package_is_that_of_the_package(modules, numerics):
+    """Five rounds of some clients, with a round in which no contribution arrives."""
+    data = classification((12, 9, 9, 7), dtype=torch.float64)
+
+    def theta(correction):
+        plan = Plan(Train(sgd(0.1), epochs=1, batch=4, correction=correction), Mean(), cohort=2, max_failed=1.0)
+        task = task_of(seeded(torch.nn.Linear, 4, 3), data, numerics, torch.float64)
+        state, reports = run(plan, InProcessEngine(task, data, fleet=Fleet(dropout=0.5)), 5)
+        assert any(not report.arrived for report in reports)
+        return state.model.theta
+
+    torch.testing.assert_close(theta(modules("dyn").Dyn(0.3)), theta(Dynamic(0.3)), rtol=1e-12, atol=1e-12)
+
+
 def test_text_of_the_rule(modules):
     """`vote:Vote()` is accepted from a trusted source and refused from any other."""
     assert parse("vote:Vote()", PARTS, trust=True) == modules("vote").Vote()
@@ -64,7 +86,6 @@ def test_text_of_the_rule(modules):
 def test_refused_with_a_codec_that_decodes_the_sum(modules):
     from atoll.plan.codec import Identity
     from atoll.plan.local import Gradient
-    from atoll.plan.plan import Plan
 
     @dataclass(frozen=True, repr=False)
     class Undone(Identity):

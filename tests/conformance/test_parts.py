@@ -151,6 +151,7 @@ OURS = {
             (aggregate.DnC, [{"f": 1}]),
             (aggregate.FLTrust, [{"client": 2}]),
             (aggregate.Bucketing, [{"s": 2}]),
+            (aggregate.Foundation, [{}]),
             (aggregate.NormBound, [{"r": 1.0}, {"r": 1.0, "of": aggregate.Median()}]),
         )
         for words in choices

@@ -24,6 +24,7 @@ from atoll.plan.aggregate import (
     Combine,
     DnC,
     FLTrust,
+    Foundation,
     GeometricMedian,
     Krum,
     Mean,
@@ -47,9 +48,9 @@ from atoll.testing import round_info
 WIDE = torch.float64
 RULES = [
     *(Median(), TrimmedMean(0.2), Krum(2), Krum(2, m=5), GeometricMedian(), Bulyan(2), DnC(2), Bucketing(2, Median())),
-    *(CenteredClip(1.0), FLTrust(2), NormBound(5.0)),
+    *(CenteredClip(1.0), FLTrust(2), NormBound(5.0), Foundation(TrimmedMean(0.2)), Foundation(Krum(2))),
 ]
-EQUIVARIANT = RULES[:8]
+EQUIVARIANT = [*RULES[:8], *RULES[11:]]
 
 
 def rows(n, d=6, seed=0, dtype=WIDE):
@@ -108,9 +109,14 @@ def test_degenerate_rules_are_the_mean():
 
 
 @pytest.mark.parametrize("rule", EQUIVARIANT, ids=repr)
-def test_equivariant_under_shift(rule):
-    x, shift = rows(11), rows(1, seed=3)
-    torch.testing.assert_close(aggregated(rule, x + shift), aggregated(rule, x) + shift[0], rtol=1e-8, atol=1e-8)
+def test_equivariant_under_shift_and_permutation(rule):
+    x, shift, near = rows(11), rows(1, seed=3), {"rtol": 1e-8, "atol": 1e-8}
+    found = aggregated(rule, x)
+    torch.testing.assert_close(aggregated(rule, x + shift), found + shift[0], **near)
+    torch.testing.assert_close(aggregated(rule, x.flip(1)), found.flip(0), **near)
+    # Buckets are drawn for the order of clients. Two nearest neighbours of Bulyan have equal scores.
+    if not isinstance(rule, (Bucketing, Bulyan)):
+        torch.testing.assert_close(aggregated(rule, x.roll(3, 0)), found, **near)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
@@ -168,13 +174,13 @@ def test_native_code_changes_no_bit(dtype, monkeypatch):
     assert bool(Median().rule(torch.full((3, 2), float("nan"), dtype=dtype)).isnan().all())
 
 
-@pytest.mark.parametrize("rule", RULES[:10], ids=repr)
+@pytest.mark.parametrize("rule", [*RULES[:10], *RULES[11:]], ids=repr)
 @pytest.mark.parametrize("far", [1e9, -1e9])
 def test_attackers_cannot_move_the_result_out(rule, far):
     honest = rows(9)
     found = aggregated(rule, torch.cat([honest, torch.full((2, 6), far, dtype=WIDE)]))
     low, high = honest.amin(0), honest.amax(0)
-    exact = (Median, TrimmedMean, Krum, Bulyan, Bucketing)
+    exact = (Median, TrimmedMean, Krum, Bulyan, Bucketing, Foundation)
     slack = 1e-9 if isinstance(rule, exact) else 10 * float(squared_distances(honest).max()) ** 0.5
     assert bool(((found >= low - slack) & (found <= high + slack)).all())
 
@@ -230,6 +236,18 @@ def test_fltrust_is_its_formula():
     torch.testing.assert_close(aggregated(FLTrust(1), x[:1].expand(3, -1)), x[0])
     with pytest.raises(RunError, match="client 9 is missing"):
         aggregated(FLTrust(9), x)
+
+
+def test_foundation_is_its_formula_and_withstands_more():
+    x = rows(9)
+    chosen = torch.minimum((x - x.amax(0)).norm(dim=1), (x - x.amin(0)).norm(dim=1)).argmax()
+    more = torch.cat((x, x[chosen].expand(4, -1)))
+    for rule in (Median(), TrimmedMean(0.2), Krum(2, m=3), GeometricMedian(), Bulyan(1)):
+        torch.testing.assert_close(aggregated(Foundation(rule), x), aggregated(rule, more))
+        torch.testing.assert_close(aggregated(Foundation(rule, share=0.0), x), aggregated(rule, x))
+    attacked = torch.cat((x[:6], torch.full((3, 6), 1e9, dtype=WIDE)))  # three of nine, and ⌊.25 · 9⌋ = 2
+    assert float(aggregated(TrimmedMean(0.25), attacked).min()) > 1e6
+    assert float(aggregated(Foundation(TrimmedMean(0.25)), attacked).max()) <= x[:6].max()
 
 
 def test_centered_clip_starts_at_the_last_result():
@@ -332,6 +350,9 @@ def test_refusals():
         (lambda: Bucketing(2, FLTrust(0)), "sees rows only"),
         (lambda: Bucketing(2, NormBound(1.0)), "goes outside"),
         (lambda: NormBound(1.0, Combine(aggregated)), "equal"),
+        (lambda: Foundation(FLTrust(0)), "sees rows only"),
+        (lambda: Foundation(Median(), share=1.0), "majority"),
+        (lambda: trained(Foundation(Krum(3))), "at least 9"),
         (lambda: trained(FLTrust(7)), "from 0 to 6"),
         (lambda: trained(FLTrust(0), cohort=Uniform(5)), "may leave client 0 out"),
     ):

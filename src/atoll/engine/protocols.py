@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from atoll.data.clients import Clients
     from atoll.engine.simulation.fleet import Fleet
     from atoll.plan.plan import Plan
-    from atoll.plan.protocols import Cohort, Population, Tensors
+    from atoll.plan.protocols import Cohort, Local, Population, Tensors
     from atoll.plan.round import Gathered
     from atoll.plan.state import State
 
@@ -151,11 +151,13 @@ class Engine(Protocol):
         """Whether clients have held-out rows on their own machines. It is known before the first round."""
         return False
 
-    def score(self, state: State) -> SiteScores | None:
+    def score(self, state: State, of: Local | None = None) -> SiteScores | None:
         """Evaluate a model on the held-out rows that clients have on their own machines.
 
         Args:
             state: contains the model.
+            of: the local part, to evaluate the model of each client, which it builds from that of the state; None: the
+                model of the state is evaluated.
         Returns:
             The scores; None if no client has such rows.
         """

@@ -53,7 +53,7 @@ from atoll.plan.in_flight import Flight
 from atoll.plan.local import Evaluate, Moments
 from atoll.plan.message import MessageForm
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Broadcast, Cohort, Ids, Population, Tensors
+from atoll.plan.protocols import Broadcast, Cohort, Ids, Local, Population, Tensors
 from atoll.plan.round import Gathered, sum_limits
 from atoll.plan.state import State, pack_broadcast
 from atoll.secure.messages import MASKED, longest_bodies
@@ -378,14 +378,15 @@ class ServerEngine(Engine):
         """Whether sites hold rows out."""
         return self.spec.held_out > 0
 
-    def score(self, state: State) -> SiteScores | None:
-        """Evaluate a model on the held-out rows of the sites. A site whose policy keeps its values is left out."""
+    def score(self, state: State, of: Local | None = None) -> SiteScores | None:
+        """Evaluate a model, or those of the sites, on their held-out rows. A site that keeps its values is left out."""
         present = self._rows if self.spec.clients is not None else self._present
         clients = [client for client in sorted(present) if self._held.get(client)]
         if not clients:
             return None
         model = Broadcast(state.round, state.model, {})
-        found = self._ask("evaluate", "held", Plan(Evaluate(), Mean()), model, clients)
+        # A site draws the first values of its own part by the seed.
+        found = self._ask("evaluate", "held", Plan(Evaluate(of), Mean()), model, clients, Key(state.seed))
         count = 1 + max(self._rows)
         names = {record.id: record.name for record in self.home.database.clients()}
         rows = torch.zeros(count, dtype=torch.int64)
@@ -412,7 +413,7 @@ class ServerEngine(Engine):
         """
         present = self._rows if self.spec.clients is not None else self._present
         model = Broadcast(state.round, state.model, {})
-        found = self._ask("moments", "train", Plan(part, Mean()), model, self._measured or sorted(present))
+        found = self._ask("moments", "train", Plan(part, Mean()), model, self._measured or sorted(present), Key(0))
         if not found:
             raise RunError("No site sends the statistics of its rows.", "one site whose policy allows it.")
         gone = [self._name(client) for client in self._measured if client not in found]
@@ -427,7 +428,7 @@ class ServerEngine(Engine):
         return {name: torch.cat([each[name].reshape(1, -1) for each in found.values()]) for name in names}
 
     def _ask(
-        self, kind: wire.WorkKind, rows: wire.RowsKind, plan: Plan, model: Broadcast, clients: Collection[int]
+        self, kind: wire.WorkKind, rows: wire.RowsKind, plan: Plan, model: Broadcast, clients: Collection[int], key: Key
     ) -> dict[int, Tensors]:
         """The sums of each of these clients, `[1, …]`, outside the rounds. A client that fails or refuses is absent.
 
@@ -441,7 +442,7 @@ class ServerEngine(Engine):
         for client in clients:
             name = wire.work_id(self.run, kind, client, model.round, 0, text, version.hash)
             self._asked[name] = client, form, kind
-            work = self._work(name, kind, rows, max(0, model.round - 1), model.round, 0, plan, text, Key(0), version)
+            work = self._work(name, kind, rows, max(0, model.round - 1), model.round, 0, plan, text, key, version)
             self.net.handle(events.Assigned(client, work, form.shortest, form.longest))
         try:
             while self._asked:

@@ -379,7 +379,8 @@ class Site:
         # The server learns no secret of a site: the noise protects the message from the server.
         secret = os.urandom(SECRET_BYTES) if noises_messages(plan.codec) else b""
         key = Key(int(work.key.seed), tuple(work.key.path), None, secret)
-        memory, after = self.chain.next_memory(first) if work.kind == "round" else ({}, None)
+        # An evaluation of the models of sites reads the memory, and prepares none.
+        memory, after = self.chain.next_memory(first) if work.kind == "round" or first else ({}, None)
         data = self._rows(work)
         with threads_for(task, 1, plan):
             _, message, rows = encode_contribution(plan, task, data, broadcast, ids, key, memory, on_step)

@@ -17,6 +17,7 @@ from atoll.base.errors import ClientError, RunError, UsageError
 from atoll.base.intervals import Interval, hanley_mcneil, normal, wilson
 from atoll.base.lines import Change
 from atoll.compute import limits
+from atoll.compute.metric_names import PERSONAL
 from atoll.compute.metrics import Counts, Metric, summed
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
@@ -212,7 +213,7 @@ def join_clients(pooled: HeldOutValues, own: HeldOutValues) -> HeldOutValues:
         pooled: the values of all rows together.
         own: the values of the clients, on rows with the feature shift of each client.
     """
-    summaries = {name: value for name, value in own.metrics.items() if name not in own.clients}
+    summaries = {n: value for n, value in own.metrics.items() if n not in own.clients or n.startswith(PERSONAL)}
     return replace(pooled, metrics=pooled.metrics | summaries, clients=own.clients)
 
 

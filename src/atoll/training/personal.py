@@ -26,7 +26,7 @@ from atoll.plan.in_flight import InFlight
 from atoll.plan.local import Train
 from atoll.plan.local.evaluate import SCORE, ScorePersonal
 from atoll.plan.plan import Plan
-from atoll.plan.protocols import Cohort, Tensors
+from atoll.plan.protocols import Cohort
 from atoll.plan.state import State
 from atoll.training.evaluation import HeldOutValues, of_sites, over_clients
 from atoll.training.settings import Settings
@@ -105,13 +105,21 @@ def values_of_clients(
             "readable, finite rows.",
             "a mean over the other clients is another metric.",
         )
-    return _summarised(engine.task, gathered.arrived.cpu(), counts, gathered.facts, ids)
+    arrived = gathered.arrived.cpu()
+    sums = {n.removeprefix(SCORE): t.cpu() for n, t in gathered.facts.items() if n.startswith(SCORE)}
+    return of_models(engine.task, SiteScores(("",) * len(arrived), counts[arrived], sums), arrived, ids)
 
 
-def _summarised(task: Task, arrived: Tensor, counts: Tensor, facts: Tensors, ids: Tensor) -> HeldOutValues:
-    names = ("",) * len(arrived)
-    sums = {n.removeprefix(SCORE): t.cpu() for n, t in facts.items() if n.startswith(SCORE)}
-    each = of_sites(task, SiteScores(names, counts[arrived], sums)).clients
+def of_models(task: Task, scores: SiteScores, arrived: Tensor, ids: Tensor) -> HeldOutValues:
+    """The values of the models of clients, as `values_of_clients` returns them, from sums.
+
+    Args:
+        task: the metrics.
+        scores: the sums of each client that arrived.
+        arrived: the ids of these clients, int64, ascending.
+        ids: the clients, int64 `[n]`.
+    """
+    each = of_sites(task, scores).clients
     rises = {"held_out_loss": False} | {m.name: m.higher_is_better for m in task.metrics}
     found, place = HeldOutValues({}), torch.searchsorted(arrived, ids).clamp(max=max(len(arrived) - 1, 0))
     for name, rising in rises.items():

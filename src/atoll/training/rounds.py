@@ -65,7 +65,7 @@ from atoll.runs.personal import ClientModels, evaluated_state
 from atoll.training import stop as stops
 from atoll.training.evaluation import HeldOutValues, class_weights, evaluate, join_clients, of_sites
 from atoll.training.inference import parameter_names
-from atoll.training.personal import check_tune, held_by_client, values_of_clients
+from atoll.training.personal import check_tune, held_by_client, of_models, values_of_clients
 from atoll.training.privacy import budget_of, check_clients, claim_of, notes_of, refuse_leaks
 from atoll.training.reference import WORSE_THAN_CONSTANT, constant_loss, known_constant_loss, reference_rows
 from atoll.training.settings import Settings, SettingsDict, listed
@@ -450,10 +450,21 @@ class Training:
         if scores is not None:
             self.client_names, self.evaluated_ids = scores.names, torch.arange(len(scores.names))
             own = of_sites(self.task, scores, clients=self._shows_clients)
+            if self.evaluates_personal:
+                own = self._with_models(own)
         if self.evaluator is None:
             return own
         pooled = self._values_here()
         return join_clients(pooled, own) if own.clients else pooled
+
+    def _with_models(self, server: HeldOutValues) -> HeldOutValues:
+        """The values of the server's model on the machines of clients, and those of the models of these clients."""
+        scores = self.engine.score(evaluated_state(self.plan, self.state), self.plan.local)
+        if scores is None:
+            return server
+        self._site_bytes += scores.bytes_up
+        own = of_models(self.task, scores, self.evaluated_ids, self.evaluated_ids)
+        return replace(server, metrics=server.metrics | own.metrics, clients=server.clients | own.clients)
 
     def _values_here(self) -> HeldOutValues:
         """The values of the server's model on the held-out rows here, and those of the models of clients."""
@@ -568,7 +579,9 @@ class Training:
     @property
     def evaluates_personal(self) -> bool:
         """Whether the models of clients are evaluated on their own held-out rows."""
-        return self.by_client and (self.plan.local.trains_personal or self.settings.tune is not None)
+        sites = self.engine.judges and self.settings.evaluate_every > 0 and self._shows_clients
+        personal = self.plan.local.trains_personal or self.settings.tune is not None
+        return (self.by_client or sites) and personal
 
     @property
     def judged(self) -> bool:

@@ -14,6 +14,7 @@ Every rule counts clients, not rows: a claimed number of rows has no influence. 
 | `FLTrust(client)` | all but the trusted client | by direction, relative to the trusted client |
 | `NormBound(r, rule)` | few | each row is scaled to the norm r |
 | `Bucketing(s, rule)` | as the rule, of n/s buckets | the rule on means of random buckets |
+| `Foundation(rule)` | as the rule, or more | the rule with synthetic updates of the server |
 
 Tests: tests/identities/test_robust.py
 """
@@ -544,9 +545,90 @@ class FLTrust(RowRule):
         return int(found[0])
 
 
+@dataclass(frozen=True, repr=False)
+class Foundation(RowRule):
+    """Another rule on the updates and on synthetic ones: ⌊share · n⌋ copies of the update furthest from the extremes.
+
+    g = of(g₁, …, g_n, g_k, …, g_k),  k = argmax min(|gᵢ − max|, |gᵢ − min|)
+
+    max and min are the largest and the smallest value of each coordinate over the updates. Attackers who send extreme
+    values lie near one of the two, so their part of the rows falls from f/n to f/((1 + share)n). An attacker whose
+    update is selected gains the copies: the rule then withstands fewer. Buffers are selected by themselves.
+
+    Args:
+        of: the rule for all rows: one of this module without knowledge of single clients.
+        share: the number of synthetic updates for each update, in [0, 1); 0 is the other rule itself.
+    Raises:
+        UsageError: the share is out of range, the rule cannot take synthetic rows, or a cohort is too small for it.
+        RunError: a round has too few contributions for the rule.
+    Example:
+        >>> Foundation(Median()).rule(torch.tensor([[1.0], [1.5], [900.0], [900.0]]))
+        tensor([1.5000], dtype=torch.float64)
+
+    Reference: Fang et al., Do We Really Need to Design New Byzantine-robust Aggregation Rules?, 2025.
+    """
+
+    of: RowRule = field(default_factory=Median)
+    share: float = bounded_number(0.5, least=0, below=1, why="more copies than updates would be a majority.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not takes_rows(self.of) or isinstance(self.of, (Foundation, NormBound)):
+            raise UsageError(
+                f"Foundation({self.of!r:.60}).",
+                "a rule of atoll.plan.aggregate.robust that sees rows only, such as Median().",
+                "a synthetic update is no update of a client. A bound on the norm goes outside: "
+                "NormBound(r, Foundation(rule)).",
+                "Foundation(Median())",
+            )
+
+    def least_rows(self) -> int:
+        return self.of.least_rows()
+
+    def for_rows(self, n: int) -> str:
+        return f"Foundation({self.of.for_rows(n)}, share={self.share!r})"
+
+    def row_weights(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor | None:
+        if self.of.by_coordinate:
+            return None
+        chosen = self._chosen(x)
+        weights = self.of.row_weights(self._extended(x, chosen), facts._replace(client=None))
+        return None if weights is None else weights[: len(x)].index_add(0, chosen, weights[len(x) :])
+
+    def rule(self, x: Tensor, facts: RowFacts = NO_FACTS) -> Tensor:
+        chosen, facts = self._chosen(x), facts._replace(client=None)
+        if not self.of.by_coordinate:
+            return self.of.rule(self._extended(x, chosen), facts)
+        pieces = (x[:, first : first + BLOCK] for first in range(0, max(1, x.shape[1]), BLOCK))
+        return torch.cat([self.of.rule(torch.cat((some, some[chosen])), facts) for some in pieces])
+
+    def _chosen(self, x: Tensor) -> Tensor:
+        """The row of each synthetic update, int64 `[⌊share · n⌋]`: one row. Of equal ones the first is selected."""
+        squares = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
+        for first in range(0, x.shape[1], BLOCK):
+            some = x[:, first : first + BLOCK].double()
+            for k, end in enumerate((some.amax(0), some.amin(0))):
+                squares[k] += (some - end).square().sum(1)
+        furthest = squares.amin(0).argmax()
+        return furthest.expand(floor(self.share * len(x) + 1e-9))
+
+    def _extended(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """The updates, and the synthetic ones after them, `[n + m, length]`."""
+        out = row_memory((len(x) + len(chosen), x.shape[1]), x.dtype, x.device)
+        return torch.cat((x, x[chosen]), out=out)
+
+    def server(self, layout: Layout) -> Tensors:
+        """That of the other rule."""
+        return self.of.server(layout)
+
+    def server_update(self, total: Total, server: Tensors, info: RoundInfo) -> Tensors:
+        """That of the other rule."""
+        return self.of.server_update(total, server, info)
+
+
 ROBUST = (
     *(Median, TrimmedMean, Krum, Bulyan, GeometricMedian, CenteredClip, DnC, FLTrust),
-    *(NormBound, Bucketing),
+    *(NormBound, Bucketing, Foundation),
 )
 
 

@@ -1,6 +1,6 @@
 """The evaluation of a model on the rows of clients.
 
-Tests: tests/identities/test_local_sgd.py
+Tests: tests/identities/test_local_sgd.py, tests/identities/test_personal.py
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from atoll.base.errors import UsageError
+from atoll.base.lines import Part
 from atoll.base.random import Key
 from atoll.compute.batches import ClientBatch, padded
+from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model
 from atoll.compute.task import OnRows, Task
 from atoll.data.clients import Clients
+from atoll.plan.local.own import Names
 from atoll.plan.local.passes import measured, measured_of_each
 from atoll.plan.local.train import Train
 from atoll.plan.protocols import (
@@ -30,12 +34,38 @@ SCORE = "score/"  # the prefix of the sums of each client in `per_client`
 
 @dataclass(frozen=True, repr=False)
 class Evaluate(Local):
-    """Evaluates θ on the rows of each client. The contribution contains sums of loss and metrics, and no update.
+    """Evaluates a model on the rows of each client. The contribution contains sums of loss and metrics, and no update.
 
+    Args:
+        of: the local part of a training with models of clients: the model of each client is evaluated, with its client
+            memory, which does not change; None: θ is evaluated.
+    Raises:
+        UsageError: `of` is no local part with models of clients.
     Example:
         >>> Evaluate()
         Evaluate()
     """
+
+    of: Local | None = None
+
+    def __post_init__(self) -> None:
+        if self.of is not None and not (isinstance(self.of, Local) and self.of.trains_personal):
+            why = "all clients have the model of the server."
+            write = Part("Evaluate()", "local")
+            raise UsageError(f"Evaluate({self.of!r:.60}).", "a local part with models of clients, or None.", why, write)
+
+    @property
+    def own(self) -> Names:
+        """The names of the part of the model that is not at the server."""
+        return () if self.of is None else self.of.own
+
+    def server_layout(self, layout: Layout) -> Layout:
+        """The layout of θ at the server."""
+        return layout if self.of is None else self.of.server_layout(layout)
+
+    def first_memory(self, task: Task) -> Tensors:
+        """The memory of the training before its first round."""
+        return {} if self.of is None else self.of.first_memory(task)
 
     def padded_batch(self, rows: int) -> int:
         """The padded length of this client's batches, a function of its own number of rows."""
@@ -49,6 +79,8 @@ class Evaluate(Local):
         self, broadcast: Broadcast, lanes: ClientBatch, memory: Tensors, key: Key, task: Task
     ) -> tuple[Contribution, Tensors]:
         """Σ loss, Σ metrics and the number of rows of each client. A pass takes at most `ROWS` rows of each client."""
+        if self.of is not None:
+            broadcast = broadcast._replace(model=self.of.personal(broadcast.model, memory, task))
         return measured(broadcast, lanes, key, task, None), {}
 
 
