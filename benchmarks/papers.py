@@ -1,196 +1,202 @@
-"""Published tables, reproduced: our value, the published value and its deviation, in one row for each method.
+"""Published tables, reproduced: our value next to the published value and its deviation, for each row.
 
-    ATOLL_DATA=FOLDER python benchmarks/papers.py heart [--rows fedavg,fedprox] [--rounds N] [--seeds 42-46] [--json]
+    ATOLL_DATA=FOLDER python benchmarks/papers.py TABLE [--rows a,b] [--rounds N] [--seeds 42-46] [--synthetic] [--json]
+                                                  [--out FILE.jsonl]
 
 | table | content |
 |---|---|
-| heart | Fed-Heart-Disease: logistic regression on four hospitals; accuracy at each, their mean, all test rows |
+| heart | Fed-Heart-Disease: logistic regression on four hospitals; accuracy, AUC and loss |
+| niid | Fashion-MNIST over 10 clients, three splits: the best of 50 rounds |
+| mcmahan | MNIST over 100 clients: rounds to 97 % and 99 % |
+| scaffold | 10 of 100 clients: FedAvg and SCAFFOLD on MNIST |
+| personal | Fashion-MNIST over 20 clients, two label skews: models of clients |
+
+`--rows` takes names and patterns, such as `iid-*`. `--out` appends each result to a file when it is measured and skips
+the results that the file has, so a command that was stopped continues; a training that was stopped continues from its
+last checkpoint. Rows whose data is not available run only with `--synthetic`, on random images of the same shape, for
+their time.
 
 `--json` prints one object on the last line: {"table", "rows": [{"row", "column", "ours", "sd", "published",
-"published_sd", "ok"}]}. A cell is ok within one published deviation; a cell without one within .03.
+"published_sd", "ok"}]}. `ok` is null for values that stand next to each other without a demand.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
-import os
+import re
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
-import atoll
-from atoll.data import Clients
-from atoll.plan import Plan
-from atoll.plan.aggregate import Mean
-from atoll.plan.local import Proximal, Scaffold, Train
-from atoll.plan.optimizer import adagrad, adam, sgd, yogi
-from atoll.plan.protocols import Optimizer
+from paper_tables import hospitals, images
+from paper_tables.rows import Cell, Result, Results, Row, Table, missing
 
-COLUMNS = ("cleveland", "hungary", "switzerland", "va", "clients", "pooled")
-WITHOUT_DEVIATION = 0.03
-Cells = Mapping[str, float]
+TABLES: Mapping[str, Callable[[], Table]] = {
+    "heart": hospitals.heart,
+    "niid": images.niid,
+    "mcmahan": images.mcmahan,
+    "scaffold": images.scaffold,
+    "personal": images.personal,
+}
 
 
-@dataclass(frozen=True)
-class Row:
-    """A method of a table.
+def seeds_of(text: str) -> list[int]:
+    """The seeds of "42" or "42-46".
 
-    Args:
-        published: the published values, in the order of `COLUMNS`; NaN for none.
-        deviations: the published deviations of the last two columns.
-        run: (seed, rounds) → the value of each column and the bytes that the clients sent.
+    Raises:
+        argparse.ArgumentTypeError: the text is neither.
     """
-
-    published: tuple[float, ...]
-    deviations: tuple[float, float]
-    run: Callable[[int, int | None], tuple[Cells, int]]
-
-
-# 1. Heart disease
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    seeds = [] if found is None else list(range(int(found[1]), int(found[2] or found[1]) + 1))
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a seed nor a range such as 42-46")
+    return seeds
 
 
-def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.no_grad():
-        return float(((model(x.float())[:, 0] > 0).long() == y).double().mean())
+def rounds_of(text: str) -> int:
+    """A whole number of rounds, at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is something else.
+    """
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rounds, at least 1")
+    return int(text)
 
 
-def _cells(model: nn.Module, clients: Clients, pooled: Clients) -> Cells:
-    """The accuracy on the test rows of each hospital and their mean; on all test rows, scaled by pooled statistics."""
-    judge, owner = clients.held_out, clients.held_owner
-    if judge is None or owner is None or pooled.held_out is None:
-        raise RuntimeError("The hospitals have no test rows.")
-    x, y = judge.take(torch.arange(len(judge)))
-    own = [_accuracy(model, x[owner == i], y[owner == i]) for i in range(clients.count)]
-    everyone = _accuracy(model, *pooled.held_out.take(torch.arange(len(pooled.held_out))))
-    return dict(zip(COLUMNS, (*own, statistics.fmean(own), everyone), strict=True))
+def selected(table: Table, patterns: str | None, synthetic: bool) -> list[str]:
+    """The names of the rows to run. Without patterns, these are the rows whose data is available, or with `synthetic`
+    those whose data is not.
+
+    Raises:
+        ValueError: a pattern selects no row, or a row needs data that is not available.
+    """
+    if patterns is None:
+        names = [name for name, row in table.rows.items() if bool(row.absent) == synthetic]
+        if not names:
+            raise ValueError(refusal(next(iter(table.rows.values())).absent))
+        return names
+    names = []
+    for pattern in patterns.split(","):
+        found = fnmatch.filter(table.rows, pattern)
+        if not found:
+            raise ValueError(f"no row {pattern!r}; rows: {', '.join(table.rows)}")
+        names += [name for name in found if name not in names]
+    for name in names:
+        if bool(table.rows[name].absent) != synthetic:
+            raise ValueError(f"row {name}: {refusal(table.rows[name].absent)}")
+    return names
 
 
-def _federated(
-    lr: float, server: Optimizer | None = None, **corrected: object
-) -> Callable[[int, int | None], tuple[Cells, int]]:
-    """15 rounds of 100 steps of each hospital; updates are averaged by train rows."""
-    from tests.heart import heart, heart_model
-
-    steps = 100
-    local = Train(sgd(lr), steps=steps, batch=4, keep=("order",))
-    plan = Plan(replace(local, **corrected), Mean(), server or sgd(1.0))  # type: ignore[arg-type]
-
-    def run(seed: int, rounds: int | None) -> tuple[Cells, int]:
-        data = heart()
-        done = atoll.train(heart_model(seed), data, plan, rounds=rounds or 15, seed=seed, out=None)
-        return _cells(done.model, data, heart("standard")), done.bytes_up
-
-    return run
+def refusal(absent: str) -> str:
+    """The reason why a row is refused: its data is not available, or it is, and `--synthetic` was given."""
+    if not absent:
+        return "its data is available; leave out --synthetic"
+    return (
+        f"{absent} is not available. --synthetic runs on random images of the same shape, for the time only: "
+        "this is no reproduction"
+    )
 
 
-def _pooled(seed: int, rounds: int | None) -> tuple[Cells, int]:
-    """50 epochs of Adam on all rows, scaled by pooled statistics; at the hospitals it receives their own scale."""
-    from tests.heart import heart, heart_model, heart_parts
-
-    x, y = zip(*heart_parts()[0].values(), strict=True)
-    rows = (torch.cat(x), [label for labels in y for label in labels])
-    joined = atoll.data.federate({"all": rows}, classes=("healthy", "disease"), scale="standard", held_out=0)
-    plan = Plan(Train(adam(0.001), epochs=rounds or 50, batch=4), Mean())
-    done = atoll.train(heart_model(seed), joined, plan, rounds=1, seed=seed, out=None)
-    return _cells(done.model, heart(), heart("standard")), 0
-
-
-def _local(seed: int, rounds: int | None) -> tuple[Cells, int]:
-    """50 epochs of Adam at each hospital alone, on its own test rows."""
-    from tests.heart import heart, heart_model
-
-    data, plan = heart(), Plan(Train(adam(0.001), epochs=rounds or 50, batch=4), Mean())
-    own = []
-    for i, name in enumerate(data.names or ()):
-        done = atoll.train(heart_model(seed), data.only(name), plan, rounds=1, seed=seed, out=None)
-        own.append(_cells(done.model, data, heart("standard"))[COLUMNS[i]])
-    return dict(zip(COLUMNS, (*own, statistics.fmean(own)), strict=False)), 0
-
-
-def _heart() -> dict[str, Row]:
-    nan = float("nan")
-    average = ((0.731, 0.719, 0.650, 0.640, 0.685, 0.748), (0.028, 0.027))
-    adaptive = ((0.760, 0.753, 0.738, 0.676, 0.731, 0.779), (0.013, 0.015))
-    return {
-        "fedavg": Row(*average, _federated(0.001)),
-        "fedprox": Row(*average, _federated(0.001, correction=Proximal(0.01))),
-        "scaffold": Row(
-            (0.727, 0.719, 0.650, 0.640, 0.684, 0.748), (0.028, 0.027), _federated(0.001, correction=Scaffold())
-        ),
-        "fedadam": Row(
-            (0.752, 0.746, 0.738, 0.667, 0.726, 0.779),
-            (0.014, 0.015),
-            _federated(0.01, adam(0.01, betas=(0.9, 0.999), eps=1e-8, correct=False)),
-        ),
-        "fedyogi": Row(*adaptive, _federated(0.003162, yogi(0.01, betas=(0.9, 0.999), eps=1e-8))),
-        "fedadagrad": Row(*adaptive, _federated(0.003162, adagrad(0.316228, beta=0.9, eps=1e-8))),
-        "pooled": Row((0.783, 0.764, 0.750, 0.644, 0.735, 0.795), (0.003, 0.003), _pooled),
-        "local": Row((0.746, 0.746, 0.725, 0.702, 0.730, nan), (nan, nan), _local),
-    }
-
-
-# 2. The command
-
-
-def _seeds(text: str) -> list[int]:
-    first, _, last = text.partition("-")
-    return list(range(int(first), int(last or first) + 1))
-
-
-def _measured(name: str, row: Row, seeds: list[int], rounds: int | None) -> list[dict[str, object]]:
-    """One line for each cell of a row, printed; the fields of `--json`."""
-    start, runs = time.perf_counter(), [row.run(seed, rounds) for seed in seeds]
-    seconds, sent = time.perf_counter() - start, max(up for _, up in runs)
+def cells_of(name: str, row: Row, results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The cells of a row, as in `--json`: means over seeds, and the published values."""
     found = []
-    for i, column in enumerate(COLUMNS):
-        values = [cells[column] for cells, _ in runs if column in cells]
-        published = row.published[i]
-        if not values or published != published:
-            continue
-        ours, sd = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-        deviation = row.deviations[i - 4] if i >= 4 else float("nan")
-        has = deviation == deviation
-        ok = abs(ours - published) <= (deviation if has else WITHOUT_DEVIATION)
+    for column in {**row.cells, **results[0].cells}:
+        values = [result.cells[column] for result in results if column in result.cells]
+        reached = [value for value in values if not missing(value)]
+        cell = row.cells.get(column, Cell())
+        ours = statistics.fmean(reached) if reached and len(reached) == len(values) else None
+        sd = statistics.stdev(reached) if ours is not None and len(reached) > 1 else 0.0
+        ok = (None if cell.within is None else False) if ours is None else cell.ok(ours)
+        published = None if missing(cell.published) else cell.published
+        spread = None if missing(cell.sd) else cell.sd
         found.append(
             {
                 "row": name, "column": column, "ours": ours, "sd": sd, "published": published,
-                "published_sd": deviation if has else None, "ok": ok,
+                "published_sd": spread, "ok": ok,
             }
         )  # fmt: skip
-        apart = f"{(ours - published) / deviation:+.1f} sd" if has else f"{ours - published:+.3f}"
-        print(f"{name:11}{column:12}{ours:.3f} ± {sd:.3f}   published {published:.3f}   {apart:9}{'' if ok else '  !'}")
-    print(f"{'':11}{seconds:.0f} s, {sent:,} bytes sent by the hospitals in a run")
     return found
 
 
-def main() -> int:
+def line(cell: Mapping[str, Any], digits: int, next_to: Sequence[str] = ()) -> str:
+    """A cell as a line of text: our value, the published one, and their distance in published deviations.
+
+    Args:
+        cell: the cell, as in `--json`.
+        digits: decimals.
+        next_to: further measures of the same column, as text.
+    """
+    ours, published, spread = cell["ours"], cell["published"], cell["published_sd"]
+    shown = "not reached" if ours is None else f"{ours:.{digits}f} ± {cell['sd']:.{digits}f}"
+    text = f"{cell['row']:22}{cell['column']:18}{shown:16}"
+    if published is not None:
+        text += f"published {published:.{digits}f}{'' if spread is None else f' ± {spread:.{digits}f}':10}"
+        if ours is not None:
+            text += f"{ours - published:+.{digits}f}" if spread is None else f"{(ours - published) / spread:+.1f} sd"
+    text = f"{text:84}  {'  '.join(next_to)}".rstrip()
+    return f"{text}{'   !' if cell['ok'] is False else ''}"
+
+
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["heart"])
-    parser.add_argument("--rows", help="methods, separated by commas; default: all")
-    parser.add_argument("--rounds", type=int, help="rounds or epochs instead of the published number")
-    parser.add_argument("--seeds", default="42-46")
+    parser.add_argument("table", choices=list(TABLES))
+    parser.add_argument("--rows", help="names or patterns of rows, separated by commas; default: all")
+    parser.add_argument("--rounds", type=rounds_of, help="rounds or epochs instead of the published number")
+    parser.add_argument("--seeds", type=seeds_of, help="42 or 42-46; default: 42-46 for heart, else 42")
+    parser.add_argument(
+        "--synthetic", action="store_true", help="random images in place of a set that is not available"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append results, and skip those it has")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    if not (Path(os.environ.get("ATOLL_DATA", "")) / "heart.processed.va.data").is_file():
+    given = parser.parse_args(words)
+    table = TABLES[given.table]()
+    try:
+        names = selected(table, given.rows, given.synthetic)
+    except ValueError as error:
+        parser.error(str(error))
+    if given.table == "heart" and not hospitals.available():
         parser.error("the heart files are not in the folder that ATOLL_DATA names")
-    table = _heart()
-    wanted = given.rows.split(",") if given.rows else list(table)
-    unknown = [name for name in wanted if name not in table]
-    if unknown:
-        parser.error(f"no row {unknown[0]!r}; rows: {', '.join(table)}")
-    cells = [cell for name in wanted for cell in _measured(name, table[name], _seeds(given.seeds), given.rounds)]
+    results, cells = Results(given.out), []
+    for name in names:
+        row, found = table.rows[name], []
+        for seed in given.seeds or seeds_of(table.seeds):
+            key = (given.table, name, seed, given.rounds)
+            found.append(results.measured(key, lambda place, row=row, seed=seed: row.run(seed, given.rounds, place)))
+        cells += shown(name, row, found, table.digits)
+    means = {(cell["row"], cell["column"]): cell["ours"] for cell in cells if cell["ours"] is not None}
+    for remark in table.remarks(means):
+        print(remark)
+    if given.synthetic:
+        print("Random images of the same shape: the times are measured, and no value is a reproduction.")
     if given.json:
         print(json.dumps({"table": given.table, "rows": cells}))
     return 0
+
+
+def shown(name: str, row: Row, results: Sequence[Result], digits: int) -> list[dict[str, Any]]:
+    """Print a row with its costs and notes; returns its cells."""
+    cells = cells_of(name, row, results)
+    measures = {cell["column"]: cell["ours"] for cell in cells}
+    for cell in cells:
+        column = cell["column"].rpartition(" ")[0]
+        if column and column in measures:
+            continue  # an AUC or a loss stands next to the accuracy
+        next_to = [c for c in measures if c.startswith(f"{cell['column']} ")]
+        print(line(cell, digits, [f"{c.rpartition(' ')[2]} {measures[c]:.{digits}f}" for c in next_to]))
+    rounds, seconds, sent = (max(getattr(r, field) for r in results) for field in ("rounds", "seconds", "sent"))
+    print(f"{'':22}{rounds} rounds, {seconds:.1f} s, {sent:,} bytes sent by the clients in a run")
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        print(f"{'':22}{note}")
+    sys.stdout.flush()
+    return cells
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The tables of `papers.py`, a module for each kind of data."""
