@@ -14,7 +14,7 @@ def work(**changes):
     fields = dict(
         work=WORK, kind="round", rows="train", round=3, version=3, repeat=0, plan=PLAN,
         key=wire.WireKey("-7", (1, 1 << 63)), numerics="fused", layout=HASH, input=HASH, model=b"model", deltas=(),
-        fixed=None, attempt=0, sum=None, lease=LEASE, deadline=None,
+        rest=None, fixed=None, attempt=0, sum=None, lease=LEASE, deadline=None,
     )  # fmt: skip
     return wire.Work(**{**fields, **changes})
 
@@ -36,7 +36,9 @@ DOWN = {
     "Welcome": wire.Welcome(4, 1_800_000_000, "2026-11-30-calm-bay", "hospitals", BLOB, None),
     "Welcome seat": wire.Welcome(4, 7, None, "hospitals", None, wire.Seat("Dirichlet(0.3)", "0", 10)),
     "Work": work(),
-    "Work large": work(model=BLOB, deltas=(BLOB,), fixed=BLOB, deadline=2.5, kind="evaluate", rows="held"),
+    "Work large": work(
+        model=BLOB, deltas=(BLOB, b"delta"), rest=b"rest", fixed=BLOB, deadline=2.5, kind="evaluate", rows="held"
+    ),
     "Work masked": work(attempt=1, sum=wire.SumTerms(30, 600, 6000)),
     "Receipt": wire.Receipt(WORK, "received"),
     "Settled": wire.Settled((WORK, OTHER)),

@@ -97,8 +97,9 @@ def _round(net: Listener, at: ServerHome, round: int, clients: int, down: int, u
     orders = []
     for client in range(clients):
         name = wire.work_id(RUN, "round", client, round, 0, plan, version)
-        work = wire.Work(name, "round", "train", round, round, 0, plan, key, "fused", version, version, field, (), None,
-                         0, None, lease, None)  # fmt: skip
+        start, hashes = (round, round, 0), (version, version)
+        work = wire.Work(name, "round", "train", *start, plan, key, "fused", *hashes, field, (), None, None, 0, None,
+                         lease, None)  # fmt: skip
         orders.append(events.Assigned(client, work, up, up))
     net.handle(*orders)
     accepted = []

@@ -52,7 +52,7 @@ class Peer:
         lease, key = wire.Lease(0, 0), wire.WireKey("0", ())
         hashes = bytes(32), self.blob.hash, self.model
         work = wire.Work(
-            WORK, "round", "train", 0, 0, 0, "Plan()", key, "loop", *hashes, (), None, 0, None, lease, None
+            WORK, "round", "train", 0, 0, 0, "Plan()", key, "loop", *hashes, (), None, None, 0, None, lease, None
         )
         self.net.handle(co.Assigned(0, work, SIZE, SIZE))
 

@@ -729,7 +729,7 @@ class World:
         self.open[id] = start
         work = wire.Work(
             id, "round", "train", len(self.db), version, repeat, PLAN, wire.WireKey("0", ()), "loop",
-            bytes(32), bytes(32), model, (), None, 0, None, wire.Lease(0, 0), None,
+            bytes(32), bytes(32), model, (), None, None, 0, None, wire.Lease(0, 0), None,
         )  # fmt: skip
         self.orders[id], self.start_of[id] = work, start
         self.handle(co.Assigned(client, work, SMALL, LARGE))

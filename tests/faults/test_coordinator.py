@@ -582,9 +582,9 @@ def test_an_upload_waits_for_its_predecessor_and_a_lost_one_is_refused_before_it
 def test_blobs_are_readable_by_the_clients_that_need_them():
     s = Server()
     s.join(1)
-    model, fixed, delta = (wire.Blob(digest(bytes([n])), 5) for n in range(3))
-    s.assign(1, 5, model=model, fixed=fixed, deltas=(delta,))
-    for blob in (INPUT, model, fixed, delta):
+    model, fixed, delta, rest = (wire.Blob(digest(bytes([n])), 5) for n in range(4))
+    s.assign(1, 5, model=model, fixed=fixed, deltas=(delta, b"inside"), rest=rest)
+    for blob in (INPUT, model, fixed, delta, rest):
         assert s.it.may_read(1, blob.hash)
     s.join(2)
     assert s.it.may_read(2, INPUT.hash) and not s.it.may_read(2, model.hash) and not s.it.may_read(3, INPUT.hash)

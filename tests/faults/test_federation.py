@@ -92,11 +92,10 @@ def federation(folder, settings, clients):
     events = [[] for _ in range(clients)]
     tokens = server.tokens(*(f"site-{i}" for i in range(clients)))
     joined = [client(token, folder / f"site-{i}", events[i]) for i, token in enumerate(tokens)]
-    run = server.run()
     for thread, codes in joined:
-        thread.join(30)
+        thread.join(90)
         assert codes["code"] == 0, codes
-    return run, events
+    return server.run(), events
 
 
 def alone(folder, settings, clients):

@@ -31,6 +31,7 @@ from atoll.plan.local import (
     Proximal,
     Scaffold,
     Train,
+    correction,
 )
 from atoll.plan.optimizer.rules import adam, adamw, sgd
 from atoll.plan.pace import Buffered, Sync
@@ -277,6 +278,15 @@ PLANS = {
     "fedlc": recipes.fedlc(0.1, batch=4, cohort=4),
     "chain": Plan(Train(sgd(0.1), epochs=1, batch=4, correction=Calibrated(1.0) >> Scaffold()), Mean(), cohort=4),
 }
+
+
+def test_a_power_does_not_depend_on_the_position_of_a_client():
+    """`torch.pow` rounds the last numbers of a tensor in another way than the first ones."""
+    losses = Key(5).uniform(401, torch.float32) * 9 + 0.1
+    for exponent in (-0.25, 0.7, 1.5, 4.0):
+        whole = correction._power(losses, exponent)
+        assert torch.equal(whole, torch.cat([correction._power(part, exponent) for part in losses.split(7)]))
+        assert torch.allclose(whole, losses.double().pow(exponent).float(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "numerics"), one_in(4, by_turns(PLANS, ["lanes", "loop", "fused", "compiled"])))

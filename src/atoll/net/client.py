@@ -16,7 +16,7 @@ import platform
 import random
 import ssl
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -39,6 +39,7 @@ from atoll.net.terms import MAX_TERMS, RefusedError, Terms
 from atoll.secure.messages import MASKED, SumMessage
 from atoll.secure.refusals import SessionError
 
+_PIECE = 256 << 10  # bytes of a long message that are written at once
 PING_S = 20.0
 PROGRESS_S = 5.0
 KEPT_S = 60.0  # of the connection of long messages; the server ends it after 75 idle seconds
@@ -478,7 +479,7 @@ class _Channel:
                 "a round that is not lower.",
                 "the server is a restored copy, which cannot continue the run.",
             )
-        model = work.model if isinstance(work.model, bytes) else await self._blob(work.model, wire.MAX_BLOB)
+        model = await self._model(work)
         fixed = None if work.fixed is None else await self._fixed(work.fixed)
         loop, last = asyncio.get_running_loop(), [time.monotonic()]
 
@@ -503,6 +504,21 @@ class _Channel:
         spent = round(time.perf_counter() - began, 6)
         self.notify({"event": "work", "round": work.round, "bytes": len(one.body), "seconds": spent})
         await self._upload(one.work, one.after, one.body)
+
+    async def _model(self, work: wire.Work) -> bytes:
+        """The model version of a work: made from deltas and the last version, or as a whole."""
+        if isinstance(work.model, bytes):
+            return work.model
+        site, client = self.site, self.client
+        known: bytes | None = await client.compute(site.kept_version, work)
+        if known is None and site.has_base(work):
+            deltas = [await self._bytes(delta) for delta in work.deltas]
+            rest = b"" if work.rest is None else await self._bytes(work.rest)
+            known = await client.compute(site.next_version, work, deltas, rest)
+        return await self._blob(work.model, wire.MAX_BLOB) if known is None else known
+
+    async def _bytes(self, field: wire.Blob | bytes) -> bytes:
+        return field if isinstance(field, bytes) else await self._blob(field, wire.MAX_BLOB)
 
     async def _upload(self, work: bytes, after: bytes | None, body: bytes) -> None:
         """Send a contribution, inside a frame or by HTTP."""
@@ -597,7 +613,10 @@ class _Channel:
         self.client._uploads.add(work)
         headers = {"Content-Range": f"bytes {start}-{total - 1}/{total}"}
         body = memoryview(message)[start:]
-        async with self.session.put(path, data=body, headers=headers, ssl=self.context, expect100=True) as answer:
+        headers["Content-Length"] = str(len(body))
+        async with self.session.put(
+            path, data=_pieces(body), headers=headers, ssl=self.context, expect100=True
+        ) as answer:
             await _body(answer, 1 << 16)
             if answer.status not in (200, 409, 410, 413, 422, 424, 429):
                 raise aiohttp.ClientConnectionError(f"the upload was answered with {answer.status}")
@@ -641,6 +660,12 @@ class _Channel:
 
 
 BACKENDS: Any = ("compiled", "fused", "lanes", "loop")
+
+
+async def _pieces(body: memoryview) -> AsyncIterator[memoryview]:
+    """A long body in pieces, so that pings and other messages are not held up while it is written."""
+    for start in range(0, len(body), _PIECE):
+        yield body[start : start + _PIECE]
 
 
 def own_versions() -> wire.Versions:

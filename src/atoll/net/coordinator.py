@@ -516,7 +516,7 @@ class Coordinator:
         >>> coordinator = Coordinator(7, "hospitals", versions, Limits())
         >>> coordinator.handle(Joined(1, 0), 0.0)
         []
-        >>> hello = Hello(2, versions, "", ("loop",), None, None, ())
+        >>> hello = Hello(3, versions, "", ("loop",), None, None, ())
         >>> coordinator.handle(Arrived(1, hello), 0.1)[0].message.federation
         'hospitals'
         >>> coordinator.wake
@@ -599,7 +599,7 @@ class Coordinator:
         ]
         for open in found.works.values():
             work = open.order.work
-            named += [work.model, work.fixed, *work.deltas]
+            named += [work.model, work.fixed, work.rest, *work.deltas]
         return any(isinstance(blob, Blob) and blob.hash == hash for blob in named)
 
     def announced(self, client: int, work: bytes) -> Sent | None:

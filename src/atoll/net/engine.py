@@ -48,6 +48,7 @@ from atoll.net.store import Accepted
 from atoll.net.tensors import tensor_bytes
 from atoll.net.terms import Terms, layout_hash, plan_text
 from atoll.plan.aggregate import Attacked, Mean
+from atoll.plan.codec.stage import Identity
 from atoll.plan.form import MessageError
 from atoll.plan.in_flight import Flight
 from atoll.plan.local import Evaluate, Moments
@@ -99,11 +100,15 @@ class _Sent(NamedTuple):
 
 
 class _Version(NamedTuple):
-    """A model version as bytes: the message field and its hash, and the blob of its frozen tensors."""
+    """A model version as bytes: the message field and its hash, and the blob of its frozen tensors.
+
+    If the downlink is compressed, `rest` has the bytes without θ, and the version is a blob of any length.
+    """
 
     field: bytes | wire.Blob
     hash: bytes
     fixed: wire.Blob | None
+    rest: bytes = b""
 
 
 class ServerEngine(Engine):
@@ -130,6 +135,7 @@ class ServerEngine(Engine):
         self._assigned: dict[bytes, _Sent] = {}
         self._starting: list[events.Assigned] = []  # works of flights that begin together
         self._versions: dict[int, _Version] = {}
+        self._sent_to: dict[int, int] = {}  # client → the version that it was sent last, if the downlink is compressed
         self._accepted: list[Accepted] = []
         self._folded: list[bytes] = []
         self._plan: tuple[Plan, str, MessageForm] | None = None
@@ -236,7 +242,10 @@ class ServerEngine(Engine):
             )
         self._check_sum(plan)
         self._check_kept(plan)
-        MessageForm.of(_bound(plan, plan.local.server_layout(self.layout)), self.task)
+        layout = plan.local.server_layout(self.layout)
+        MessageForm.of(_bound(plan, layout), self.task)
+        if plan.downlink != Identity():
+            _bound(plan, layout).downlink.form(layout)  # a codec without a form is refused
         self._check_own(plan)
         if not plan.local.own and _memory_reads_weights(plan, self.task):
             raise UsageError(
@@ -365,8 +374,11 @@ class ServerEngine(Engine):
         if not plan.pace.asynchronous:
             self._withdraw()
         self._versions = {v: known for v, known in self._versions.items() if v in state.versions or v == state.round}
-        frozen = {known.fixed.hash for known in self._versions.values() if known.fixed is not None}
-        self.net.keep_blobs({known.hash for known in self._versions.values()} | frozen | {self._hashes[0]})
+        needed: list[wire.Blob | bytes | None] = [sent.work.rest for sent in self._assigned.values()]
+        needed += [known.fixed for known in self._versions.values()]
+        needed += [delta for sent in self._assigned.values() for delta in sent.work.deltas]
+        hashes = {blob.hash for blob in needed if isinstance(blob, wire.Blob)}
+        self.net.keep_blobs(hashes | {known.hash for known in self._versions.values()} | {self._hashes[0]})
         return gathered(plan, state, flown, fold.results, ChunkLimit(), keep)._replace(void=self._void)
 
     def _is_away(self, client: int) -> bool:
@@ -517,7 +529,7 @@ class ServerEngine(Engine):
         key = self._key if flight.version == state.round else state.key(flight.version)
         name = wire.work_id(self.run, "round", flight.client, flight.version, flight.again, text, version.hash)
         start = state.round, flight.version, flight.again
-        work = self._work(name, "round", "train", *start, plan, text, key, version)
+        work = self._compressed(self._work(name, "round", "train", *start, plan, text, key, version), flight)
         self._assigned[name] = _Sent(flight, work)
         self._flying.add(flight.number)
         deadline = plan.pace.deadline_s
@@ -552,12 +564,31 @@ class ServerEngine(Engine):
             self._hashes[0],
             version.field,
             (),
+            None,
             version.fixed,
             0,
             None,
             wire.Lease(0, 0),
             None,
         )
+
+    def _compressed(self, work: wire.Work, flight: Flight) -> wire.Work:
+        """The work with the deltas that lead from the last version of this client to that of the work.
+
+        A version that was sent before is not sent again. A client that has lost its version asks for the whole blob.
+        """
+        sent = self._state.sent
+        if sent is None or not all(sent.messages):
+            return work
+        last = self._sent_to.get(flight.client)
+        self._sent_to[flight.client] = flight.version
+        missed = len(sent.messages) + 1 if last is None else flight.version - last
+        if flight.version != self._state.round or not 0 < missed <= len(sent.messages):
+            return work
+        deltas, rest = sent.messages[-missed:], self._version(flight.version).rest
+        if sum(map(len, deltas)) + len(rest) <= wire.MAX_INLINE:
+            return msgspec.structs.replace(work, deltas=deltas, rest=rest)
+        return msgspec.structs.replace(work, deltas=tuple(map(self.net.offer, deltas)), rest=self.net.offer(rest))
 
     # secure sums
 
@@ -600,6 +631,7 @@ class ServerEngine(Engine):
         whole = state.round, flight.version, flight.again
         plain = self._work(name, "round", "train", *whole, plan, text, self._key, version)
         work = msgspec.structs.replace(plain, attempt=attempt, sum=wire.SumTerms(*sum_limits(plan, self.population)))
+        work = self._compressed(work, flight)
         self._assigned[name] = _Sent(flight, work)
         agreement = agreement_of(self.run, work, version.hash, plan, self.task)
         length = longest_bodies(agreement)[MASKED]
@@ -651,14 +683,18 @@ class ServerEngine(Engine):
     def _version(self, version: int) -> _Version:
         """The bytes of a model version, which are made once."""
         if version not in self._versions:
-            self._versions[version] = self._packed(self._state.version(version))
+            self._versions[version] = self._packed(self._state.version(version), self._state.sent is not None)
         return self._versions[version]
 
-    def _packed(self, model: Broadcast) -> _Version:
-        """The bytes of a broadcast without its frozen tensors."""
-        data = tensor_bytes({n: t for n, t in pack_broadcast(model).items() if not n.startswith("fixed/")})
-        frozen = model.model.fixed
+    def _packed(self, model: Broadcast, compressed: bool = False) -> _Version:
+        """The bytes of a broadcast without its frozen tensors, for a downlink that is compressed or not."""
+        tensors = {n: t for n, t in pack_broadcast(model).items() if not n.startswith("fixed/")}
+        data, frozen = tensor_bytes(tensors), model.model.fixed
         fixed = self.net.offer(tensor_bytes({f"fixed/{n}": t for n, t in frozen.items()})) if frozen else None
+        if compressed:
+            blob = self.net.offer(data)
+            del tensors["theta"]
+            return _Version(blob, blob.hash, fixed, tensor_bytes(tensors))
         if len(data) <= wire.MAX_INLINE:
             return _Version(data, wire.digest(data), fixed)
         blob = self.net.offer(data)

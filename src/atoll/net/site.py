@@ -23,7 +23,7 @@ import json
 import os
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,17 +52,19 @@ from atoll.net.identity import own_identity
 from atoll.net.ledger import SiteLedger
 from atoll.net.policy import Policy, contribution_name
 from atoll.net.secure import SiteSum, agreement_of
+from atoll.net.tensors import tensor_bytes
 from atoll.net.terms import Own, RefusedError, Terms, layout_hash, read_plan
-from atoll.net.wire import FrameError, LeaveCode, Seat, Work, chain_link, digest, tensor_table, work_id
+from atoll.net.wire import Blob, FrameError, LeaveCode, Seat, Work, chain_link, digest, tensor_table, work_id
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec.privacy import noises_messages
+from atoll.plan.codec.stage import Identity
 from atoll.plan.form import MessageError
 from atoll.plan.local import Evaluate, Gradient, Moments
 from atoll.plan.message import MessageForm
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Ids, Tensors
-from atoll.plan.round import SumLimits, secured
-from atoll.plan.state import part_of, unpack_broadcast
+from atoll.plan.round import SumLimits, apply_deltas, secured
+from atoll.plan.state import part_of, round_key, unpack_broadcast
 from atoll.secure.client import SumClient, Words
 from atoll.secure.refusals import SessionError
 
@@ -93,6 +95,14 @@ class Prepared(NamedTuple):
     def link(self) -> bytes:
         """The name of the memory after this work."""
         return chain_link(self.after, self.work, NO_DIGEST if self.masked else digest(self.body))
+
+
+class _Kept(NamedTuple):
+    """A model version that a site keeps: the number of its round, its hash, and its safetensors bytes."""
+
+    number: int
+    hash: bytes
+    data: bytes
 
 
 @dataclass
@@ -262,6 +272,7 @@ class Site:
         self._task: Task | None = None
         self._tasks: dict[tuple[str, str], Task] = {}
         self._plans: dict[str, tuple[Plan, MessageForm, Tensors]] = {}
+        self._version: _Kept | None = None
 
     def enter(self, client: int, run: str, terms: bytes, seat: Seat | None) -> tuple[int, int]:
         """Take part in a run. Returns the numbers of train rows and of held-out rows.
@@ -323,6 +334,7 @@ class Site:
         """
         try:
             plan = self._checked(work, model)  # also of a message that is prepared: the server sends the work again
+            self._keep_version(work, plan, model)
             if work.sum is not None:
                 earlier = [self._name(work, model, n) for n in range(min(work.attempt, self.policy.max_attempts))]
                 self.chain.continue_attempt(work.work, earlier)
@@ -389,6 +401,38 @@ class Site:
         one = Prepared(work.work, after if rows else None, body, rows, masked)
         self.chain.prepare(one, bool(secret))
         return one
+
+    def kept_version(self, work: Work) -> bytes | None:
+        """The model version of a work, if it is the one that this site has kept."""
+        kept = self._version
+        return kept.data if kept is not None and isinstance(work.model, Blob) and kept.hash == work.model.hash else None
+
+    def has_base(self, work: Work) -> bool:
+        """Whether the deltas of a work lead from the version that this site has kept."""
+        kept = self._version
+        return bool(work.deltas) and kept is not None and kept.number == work.version - len(work.deltas)
+
+    def next_version(self, work: Work, deltas: Sequence[bytes], rest: bytes) -> bytes | None:
+        """The model version of a work from the kept one, the downlink messages and the other tensors.
+
+        Returns:
+            The safetensors bytes. None if their hash is not that of the server, as on another kind of processor: the
+            site then reads the whole version.
+        """
+        kept = required(self._version, "kept version")
+        try:
+            plan, rounds = self._plan(work)[0], range(kept.number + 1, work.version + 1)
+            keys = (round_key(int(work.key.seed), number) for number in rounds)
+            theta = apply_deltas(plan, load(kept.data)["theta"], deltas, keys)
+            data = tensor_bytes({**load(rest), "theta": theta})
+        except (AtollError, SafetensorError, RuntimeError):
+            return None
+        return data if isinstance(work.model, Blob) and digest(data) == work.model.hash else None
+
+    def _keep_version(self, work: Work, plan: Plan, model: bytes) -> None:
+        """Keep the version of the latest round for the deltas that follow, if the downlink is compressed."""
+        if work.kind == "round" and plan.downlink != Identity():
+            self._version = _Kept(work.version, digest(model), model)
 
     def _name(self, work: Work, model: bytes, attempt: int) -> bytes:
         """The name of a work, or of an earlier attempt of it."""

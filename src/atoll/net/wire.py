@@ -30,13 +30,14 @@ from msgspec import Meta
 
 from atoll.base.errors import AtollError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_FRAME = 128 << 10
 MAX_INLINE = 64 << 10
 MAX_PLAN = 32 << 10
 MAX_BLOB = 1 << 40
 MAX_STEP = 1 << 28
 MAX_WORKS = 1024
+MAX_DELTAS = 1024
 MAX_ROWS = 1 << 28  # the exact sum refuses a larger total weight
 MAX_HEADER = 4 << 20
 
@@ -262,7 +263,9 @@ class Work(_Struct, frozen=True):
         numerics: the compute backend.
         layout, input: the hashes of the layout and of the `Input`.
         model: the model version: its safetensors bytes, or its blob.
-        deltas: the downlink messages that lead from the client's last version to this one, oldest first.
+        deltas: the downlink messages that lead from the client's last version to this one, oldest first. A client that
+            does not have that version reads `model`.
+        rest: the safetensors bytes of this version without `theta`, if there are deltas.
         fixed: the blob of frozen tensors; None if the model has none.
         attempt: the number of earlier attempts of the round, if its sum is secure.
         sum: the numbers of the secure sum in which the contribution is masked; None: it is not masked.
@@ -282,7 +285,8 @@ class Work(_Struct, frozen=True):
     layout: Digest
     input: Digest
     model: Blob | Inline
-    deltas: Annotated[tuple[Blob, ...], Meta(max_length=64)]
+    deltas: Annotated[tuple[Blob | Inline, ...], Meta(max_length=MAX_DELTAS)]
+    rest: Blob | Inline | None
     fixed: Blob | None
     attempt: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
     sum: SumTerms | None
@@ -580,7 +584,7 @@ def version_fault(hello: Hello, server: Versions, closed: bool) -> tuple[ByeCode
         The code and the reason of a `Bye`.
     Example:
         >>> ours = Versions("3.11.7", "0.1.0", "2.13.0", "2.4.6")
-        >>> old = Hello(2, Versions("3.11.7", "0.1.0", "2.12.1", "2.4.6"), "", ("loop",), None, None, ())
+        >>> old = Hello(3, Versions("3.11.7", "0.1.0", "2.12.1", "2.4.6"), "", ("loop",), None, None, ())
         >>> print(version_fault(old, ours, closed=True)[1])
         The client has torch 2.12.1. Required: torch 2.13, as the server. Write: pip install "torch==2.13.*"
         >>> version_fault(old, ours, closed=False)

@@ -20,7 +20,7 @@ Tests: tests/identities/test_one_algorithm.py, tests/identities/test_flights.py,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -40,6 +40,7 @@ from atoll.compute.tensor_notes import norm
 from atoll.plan.buffers import join_buffers
 from atoll.plan.codec.stage import Identity, roundtrip
 from atoll.plan.conflicts import check_noised_sum
+from atoll.plan.form import Buffer
 from atoll.plan.in_flight import InFlight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import (
@@ -420,11 +421,38 @@ def update_downlink(plan: Plan, state: State, key: Key) -> State:
     theta = state.model.theta
     if state.sent is None:
         return dataclasses.replace(state, sent=DownlinkState(theta, ()))
-    delta, key = (theta - state.sent.theta)[None], key.fold("downlink").of(theta.new_zeros(1, dtype=torch.int64))
+    delta, key = (theta - state.sent.theta)[None], _downlink_key(key, theta)
     payload, side, _, _ = plan.downlink.encode(delta, {}, {}, key)
     length = int(plan.downlink.sizes(payload, side)[0])
     received = state.sent.theta + roundtrip(plan.downlink, payload, side, key)[0]  # type: ignore[arg-type]
-    return dataclasses.replace(state, sent=state.sent.append(received, length))
+    try:
+        message = plan.downlink.to_bytes(payload, side)[0]
+    except UsageError:  # a codec of the user without a form, which a network refuses
+        message = b""
+    return dataclasses.replace(state, sent=state.sent.append(received, length, message))
+
+
+def apply_deltas(plan: Plan, theta: Tensor, messages: Sequence[Buffer], keys: Iterable[Key]) -> Tensor:
+    """The parameters after some deltas of the downlink, oldest first: θ̂ ← θ̂ + C(θ − θ̂) for each.
+
+    Args:
+        plan: the algorithm, after `bind`.
+        theta: θ̂ of the client, `[d]`.
+        messages: the bytes of each delta.
+        keys: the key of the round of each delta.
+    Returns:
+        θ̂ of the server, to the bit on the same kind of machine.
+    Raises:
+        MessageError: the bytes are not a message of the codec.
+    """
+    for message, key in zip(messages, keys, strict=True):
+        payload, side = plan.downlink.from_bytes([message])
+        theta = theta + roundtrip(plan.downlink, payload, side, _downlink_key(key, theta))[0]  # type: ignore[arg-type]
+    return theta
+
+
+def _downlink_key(key: Key, theta: Tensor) -> Key:
+    return key.fold("downlink").of(theta.new_zeros(1, dtype=torch.int64))
 
 
 def sampler_of(plan: Plan) -> Sampler:

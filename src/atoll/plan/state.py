@@ -39,13 +39,21 @@ def part_of(tensors: Tensors, part: str) -> dict[str, Tensor]:
     return without_prefix(tensors, f"{part}/")
 
 
+def round_key(seed: int, round: int) -> Key:
+    """The key of all random numbers in a round."""
+    return Key(seed).fold("round", round)
+
+
 def public(tensors: Tensors) -> dict[str, Tensor]:
     """Select the server state that is broadcast. Tensors whose names begin with an underscore stay at the server."""
     return {n: t for n, t in tensors.items() if not n.rpartition(".")[2].startswith("_")}
 
 
+MAX_DELTAS = 1024  # a work message names each delta that its client needs
+
+
 class DownlinkState(NamedTuple):
-    """The model that clients have if the downlink is compressed, and the lengths of the latest deltas.
+    """The model that clients have if the downlink is compressed, and the latest deltas.
 
     A delta is the compressed difference that the server sends to the clients in one round.
 
@@ -53,17 +61,19 @@ class DownlinkState(NamedTuple):
         theta: θ̂, the parameters that clients have, `[d]`. They differ from θ by the error of compression.
         deltas: the lengths in bytes of the deltas of the latest rounds. If a client needs an older delta, the server
             sends the whole θ, which is not longer.
+        messages: the bytes of these deltas; empty for a codec whose messages have no form as bytes.
     """
 
     theta: Tensor
     deltas: tuple[int, ...]
+    messages: tuple[bytes, ...] = ()
 
-    def append(self, theta: Tensor, length: int) -> DownlinkState:
-        """Append a delta. The oldest deltas are dropped until the rest together are not longer than θ."""
-        deltas, whole = (*self.deltas, length), theta.numel() * theta.element_size()
+    def append(self, theta: Tensor, length: int, message: bytes = b"") -> DownlinkState:
+        """Append a delta. The oldest are dropped until the others are at most `MAX_DELTAS` and not longer than θ."""
+        deltas, whole = (*self.deltas, length)[-MAX_DELTAS:], theta.numel() * theta.element_size()
         while sum(deltas) > whole:
             deltas = deltas[1:]
-        return DownlinkState(theta, deltas)
+        return DownlinkState(theta, deltas, (*self.messages, message)[-len(deltas) :] if deltas else ())
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class State:
 
     def key(self, round: int | None = None) -> Key:
         """The key of all random numbers in a round: in `round`, or in the next round if it is None."""
-        return Key(self.seed).fold("round", self.round if round is None else round)
+        return round_key(self.seed, self.round if round is None else round)
 
     @cached_property
     def broadcast(self) -> Broadcast:

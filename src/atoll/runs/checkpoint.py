@@ -5,7 +5,7 @@ Tests: tests/faults/test_folder.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ def state_to_tensors(state: State) -> dict[str, Tensor]:
     out |= under("first/", {n: t if bool(t.any()) else t.new_zeros(()) for n, t in state.memory.first.items()})
     if state.sent is not None:
         out |= {"sent/theta": state.sent.theta, "sent/deltas": torch.tensor(state.sent.deltas, dtype=_WHOLE)}
+        joined = bytearray(b"".join(state.sent.messages))
+        out["sent/messages"] = (
+            torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
+        )
     for version, broadcast in state.versions.items():
         out |= _model(f"version/{version}", broadcast.model) | _shared(f"version/{version}/shared", broadcast.shared)
     air = state.air
@@ -80,7 +84,8 @@ def state_from_tensors(tensors: Mapping[str, Tensor], round: int, at: State) -> 
     }
     sent = None
     if "sent/theta" in tensors:
-        sent = DownlinkState(tensors["sent/theta"], tuple(tensors["sent/deltas"].tolist()))
+        lengths = tuple(tensors["sent/deltas"].tolist())
+        sent = DownlinkState(tensors["sent/theta"], lengths, _messages(tensors["sent/messages"], lengths))
     return State(
         round,
         at.seed,
@@ -92,6 +97,13 @@ def state_from_tensors(tensors: Mapping[str, Tensor], round: int, at: State) -> 
         versions,
         sent,
     )
+
+
+def _messages(joined: Tensor, lengths: Sequence[int]) -> tuple[bytes, ...]:
+    """The messages of these lengths in a vector of bytes; empty messages if it has none."""
+    if not len(joined):
+        return (b"",) * len(lengths)
+    return tuple(part.numpy().tobytes() for part in joined.cpu().split(list(lengths)))
 
 
 def _computed(name: str, tensor: Tensor) -> bool:

@@ -393,7 +393,7 @@ class Calibrated(CorrectionBase):
             return Pull()
         counts = facts.classes(int(broadcast.shared["correction"]["classes"])).to(theta).clamp(min=0.5)
         shares = counts / counts.sum(1, keepdim=True)  # softmax does not change if a constant is added to all logits
-        logits = shares.log() if self.form == "log" else -counts.pow(-0.25)
+        logits = shares.log() if self.form == "log" else -_power(counts, -0.25)
         shift = theta.new_zeros(len(counts), theta.shape[-1])
         shift[:, -counts.shape[1] :] = self.tau * logits
         return Pull(start=theta + shift, shift=shift * -facts.decay if facts.decay else None)
@@ -470,8 +470,10 @@ class Fair(CorrectionBase):
     def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
         loss = _given(self, "loss", facts.loss).to(update)[:, None].clamp(min=_LEAST_LOSS)
         squares = torch.linalg.vector_norm(update, dim=1, keepdim=True).square()
-        bend = self.q * loss ** (self.q - 1) * squares / facts.lr if facts.lr and self.q else torch.zeros_like(squares)
-        weight = loss**self.q
+        bend = (
+            self.q * _power(loss, self.q - 1) * squares / facts.lr if facts.lr and self.q else torch.zeros_like(squares)
+        )
+        weight = _power(loss, self.q)
         return Finished({"update": weight * update, "curvature": weight + bend}, memory=memory)
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
@@ -652,6 +654,11 @@ class Chained(CorrectionBase):
 
 
 CORRECTIONS = (Proximal, Scaffold, Dynamic, Normalised, Extrapolated, Calibrated, Ditto, Fair, MimeLite)
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """x^exponent of positive numbers. `torch.pow` rounds by the position of a number, so by the chunk of a client."""
+    return (x.double().log() * exponent).exp().to(x)
 
 
 def _column(part: Correction, facts: StepFacts, update: Tensor) -> Tensor:
