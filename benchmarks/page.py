@@ -120,11 +120,11 @@ def chromium() -> Iterator[Any]:
 # Runs
 
 
-def written(folder: Path, rounds: int, clients: int, names: bool = False) -> Path:
+def written(folder: Path, rounds: int, clients: int, names: bool = False, seed: int = 0) -> Path:
     """A run folder as a training of these rounds and clients leaves it."""
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(
-        f'data = "digits"\nmodel = "mlp"\nrecipe = "fedavg(lr=0.1)"\nrounds = {rounds}\n'
+        f'data = "digits"\nmodel = "mlp"\nrecipe = "fedavg(lr=0.1)"\nrounds = {rounds}\nseed = {seed}\n'
     )
     (folder / "environment.json").write_text(
         json.dumps({"plan": "Plan(Train(sgd(0.1)), aggregator=Mean())", "held_out": "a"})
@@ -163,7 +163,7 @@ def written(folder: Path, rounds: int, clients: int, names: bool = False) -> Pat
 
 def many(out: Path, count: int = 200) -> Path:
     for n in range(count):
-        written(out / f"2026-01-{1 + n // 20:02d}-run-{n:03d}", 60, 10)
+        written(out / f"2026-01-{1 + n // 20:02d}-run-{n:03d}", 60, 10, seed=n)
     return out
 
 

@@ -13,7 +13,7 @@ import atoll
 from atoll import Metric
 from atoll.base.errors import AtollError, UsageError
 from atoll.base.lines import forms
-from atoll.cli.app import answer
+from atoll.cli.answer import answer
 from atoll.compute import limits
 from atoll.compute.metrics import Counts
 from atoll.data import arrays, csv, federate, frame, load

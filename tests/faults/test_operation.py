@@ -16,7 +16,7 @@ import pytest
 from network import Federation, eventually
 
 from atoll.base.errors import UsageError
-from atoll.cli.app import answer
+from atoll.cli.answer import answer
 from atoll.cli.flags import ExperimentFlags
 from atoll.cli.net_commands import Printer, _split
 from atoll.net import coordinator, server, systemd, wire

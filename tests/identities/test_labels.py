@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 import atoll
 from atoll.base.errors import UsageError
 from atoll.base.lines import form
-from atoll.cli.app import answer
+from atoll.cli.answer import answer
 from atoll.compute.metrics import named_metric
 from atoll.training.evaluation import constant_answer
 

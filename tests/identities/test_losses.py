@@ -12,7 +12,7 @@ from torch import nn
 import atoll
 from atoll.base.errors import UsageError
 from atoll.base.lines import form
-from atoll.cli.app import answer
+from atoll.cli.answer import answer
 from atoll.compute.loss import huber, loss_of, quantile
 from atoll.training.evaluation import constant_answer
 

@@ -25,7 +25,7 @@ from torch import nn
 import atoll
 from atoll import recipes
 from atoll.base.errors import RunError, UsageError
-from atoll.cli.app import answer
+from atoll.cli.answer import answer
 from atoll.compute.task import Task
 from atoll.data import ArrayRows, Clients
 from atoll.engine.inprocess import InProcessEngine

@@ -22,7 +22,7 @@ from torch import nn
 import atoll
 from atoll import recipes
 from atoll.base.errors import RunError, UsageError
-from atoll.cli.app import answer
+from atoll.cli.answer import answer
 from atoll.engine import Ray
 from atoll.engine.spec import engine
 from atoll.engine.workers import ray as module

@@ -11,7 +11,7 @@ from quick_cases import only
 
 import atoll
 from atoll.base.errors import UsageError
-from atoll.cli.app import answer
+from atoll.cli.answer import answer
 from atoll.data.cells import cells_of
 from atoll.tools.graph import export_graph
 

@@ -1,5 +1,6 @@
 """Commands that read run folders, and refusals of names and paths, import neither torch nor NumPy."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from dataclasses import fields
 import pytest
 
 from atoll import models, recipes
-from atoll.cli import main
+from atoll.cli import look, main
+from atoll.cli.app import parsed_command
+from atoll.cli.look import plain_command
 from atoll.compute.metric_names import direction
 from atoll.compute.metrics import METRICS
 from atoll.data import partition
@@ -20,7 +23,9 @@ from atoll.training import known_names
 
 WATCH = """
 import contextlib, io, json, sys
-from atoll.cli import main
+from atoll.cli import look, main
+from atoll.cli.app import parsed_command
+from atoll.cli.look import plain_command
 answers = []
 for words in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.redirect_stderr(text):
@@ -77,6 +82,56 @@ def test_no_slow_import(answers, place):
 def test_a_comparison_needs_numpy_but_not_torch(answers):
     code, slow, output = answers[-1]
     assert (code, "torch" in slow) == (0, False) and "One seed" in output
+
+
+PLAIN = [
+    "runs",
+    "runs --out a --json",
+    "show latest",
+    "show 2026-x --json --out b",
+    "compare a",
+    "compare a b --group lr",
+]
+PLAIN += ["compare a* --metric loss --out o --json c"]
+LEFT = [
+    "show a b",
+    "show",
+    "runs a",
+    "runs --group a",
+    "show a --why",
+    "show a --out",
+    "show a --out --json",
+    "show -h",
+]
+LEFT += ["show a --out=b", "compare a --target 1", "compare --json", "show a --json --json"]
+
+
+@pytest.mark.parametrize("words", [*PLAIN, *LEFT])
+def test_the_plain_form_means_what_the_parser_means(words, monkeypatch):
+    """Words that are read without cyclopts call the same function with the same arguments, or are left to it."""
+    given = []
+    for name in ("print_runs", "print_run", "print_comparison"):
+        usual = inspect.signature(getattr(look, name))
+
+        def record(*names, _name=name, _usual=usual, **flags):
+            bound = _usual.bind(*names, **flags)
+            bound.apply_defaults()
+            given.append((_name, bound.arguments))
+            return 0
+
+        monkeypatch.setattr(look, name, record)
+    plain = plain_command(words.split(), {})
+    assert (plain is None) == (words in LEFT)
+    if plain is None:
+        return
+    plain()
+    parsed_command(words.split())
+    assert given[0] == given[1]
+
+
+def test_variables_and_other_words_are_left_to_the_parser():
+    assert plain_command(["runs"], {"ATOLL_JSON": "1"}) is plain_command(["show", "a"], {"ATOLL_FOLLOW": "1"}) is None
+    assert plain_command([], {}) is plain_command(["run"], {}) is plain_command(["compare"], {}) is None
 
 
 def test_the_import_of_the_package_is_fast():

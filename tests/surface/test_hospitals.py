@@ -8,7 +8,7 @@ import pandas
 import pytest
 from heart import heart_folder
 
-from atoll.cli.app import answer
+from atoll.cli.answer import answer
 
 ROOT = Path(__file__).parents[2]
 

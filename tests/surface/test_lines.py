@@ -12,8 +12,9 @@ from atoll.base.lines import DOORS, SET_ONLY, Both, Change, EngineChange, Line, 
 from atoll.cli.flags import ExperimentFlags
 from atoll.plan.registry import PARTS, read_part
 from atoll.recipes import RECIPES
+from atoll.training.engine_fields import ENGINE_FIELDS
 from atoll.training.experiment import Experiment, key_of, settings
-from atoll.training.settings import ENGINE_FIELDS, declared
+from atoll.training.settings import declared
 
 LINES = [
     Change("numerics", "loop"),

@@ -17,7 +17,8 @@ from atoll import recipes
 from atoll.base.concepts import concept
 from atoll.base.errors import AtollError, did_you_mean
 from atoll.base.names import dotted
-from atoll.cli.app import answer, app
+from atoll.cli.answer import answer
+from atoll.cli.app import app
 from atoll.data import partition
 from atoll.engine.spec import Processes
 from atoll.plan import registry

@@ -16,7 +16,7 @@ from torch import nn
 import atoll
 from atoll import recipes
 from atoll.base.errors import UsageError
-from atoll.cli.app import answer
+from atoll.cli.answer import answer
 from atoll.data import arrays, frame, load
 from atoll.data.cells import Missing
 from atoll.data.files import stream_table

@@ -10,7 +10,7 @@ import pytest
 from network import TICK
 
 from atoll.base.errors import UsageError
-from atoll.cli.app import answer
+from atoll.cli.answer import answer
 from atoll.runs.folder import RunFolder
 from atoll.ui import access, server
 from atoll.ui.server import PageServer

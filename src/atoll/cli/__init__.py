@@ -30,6 +30,6 @@ def main(words: Sequence[str] | None = None) -> int:
     if given in (["--version"], ["-V"]):
         print(__version__)
         return 0
-    from atoll.cli.app import answer
+    from atoll.cli.answer import answer
 
     return answer(given)

@@ -5,25 +5,20 @@ Tests: tests/surface/test_cli.py
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from inspect import cleandoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from atoll import __version__
-from atoll.base.errors import AtollError, Note, UsageError
+from atoll.base.errors import UsageError
 from atoll.base.lines import quoted
+from atoll.cli import look
 from atoll.cli.options import GROUPS, Client, ClientOptions, Json, Out, Quiet, Track, Trust, flag, switch, trackers
 from atoll.training.setting_texts import DATA, OUTPUT, RUNNING
-
-if TYPE_CHECKING:
-    from atoll.training.experiment import Experiment
 
 TRAIN, INSPECT, NETWORK, HELP = (Group.create_ordered(name) for name in ("Train", "Look", "Network", "Help"))
 EXAMPLES = """
@@ -134,7 +129,7 @@ def resume(
     from atoll.cli.run import Look, run_training
     from atoll.training.experiment import Experiment
 
-    path = _find(run, out)
+    path = look.find(run, out)
     _refuse_served(path)
     total = folders.rounds_to_run(path, rounds, more)
     it = Experiment.read(path, trust=trust).override(rounds=total)
@@ -144,16 +139,7 @@ def resume(
 @_command(INSPECT, 3)
 def runs(*, out: Out = None, as_json: Json = False) -> int:
     """List the runs, oldest first."""
-    from atoll import runs as folders
-    from atoll.cli import output, show
-
-    parent = _parent(out)
-    found = [show.brief(path) for path in folders.list_runs(parent)]
-    if as_json:
-        output.print_json(found)
-    else:
-        print(show.listing(found) if found else f"No runs in {parent} yet.  Write: atoll run")
-    return 0
+    return look.print_runs(out=out, as_json=as_json)
 
 
 @_command(INSPECT, 4, "track")
@@ -173,7 +159,7 @@ def track_command(
     """
     from atoll.track.tracking import send_run, tracker
 
-    send_run(_find(run, out), tracker(to))
+    send_run(look.find(run, out), tracker(to))
     return 0
 
 
@@ -202,24 +188,7 @@ def show(
     run
         Its name, a prefix or suffix of it, its path, or latest.
     """
-    from atoll.cli import output, show
-
-    path = _find(run, out)
-    if follow:
-        from atoll.cli.ui import follow_run
-
-        return follow_run(path, as_json)
-    if why:
-        backend = show.backend(path)
-        if as_json:
-            output.print_json(backend)
-        else:
-            print(show.backend_text(backend))
-    elif as_json:
-        output.print_json(show.brief(path))
-    else:
-        print(show.record(path))
-    return 0
+    return look.print_run(run, why=why, follow=follow, out=out, as_json=as_json)
 
 
 @_command(INSPECT, 4)
@@ -245,8 +214,8 @@ def ui(
     """
     from atoll.cli.ui import serve_page
 
-    path = None if run is None else _find(run, out)
-    parent, name = (_parent(out), "") if path is None else (path.parent, path.name)
+    path = None if run is None else look.find(run, out)
+    parent, name = (look.parent_of(out), "") if path is None else (path.parent, path.name)
     return serve_page(parent, name, host, port, insecure=insecure, browser=not no_open, as_json=as_json)
 
 
@@ -272,7 +241,7 @@ def tag_run(
     from atoll.runs.format import plain
     from atoll.runs.labels import Labels
 
-    path = _find(run, out)
+    path = look.find(run, out)
     labels = Labels.read(path).changed(title, add or (), remove or ())
     labels.write(path)
     if as_json:
@@ -317,25 +286,19 @@ def compare(
     run
         Names, prefixes, paths, globs such as "2026-*", and folders of run folders.
     """
-    from atoll.tools.compare import compare_pair, find_runs
-
-    parent = _parent(out)
-    found = find_runs(run, parent)
-    special = as_json or any(given is not None for given in (metric, x, group, band, table))
-    if len(run) == len(found) == 2 and not special:
-        print(compare_pair(found[0], found[1], to or parent, target).text())
-        return 0
-    from atoll.tools.compare import compare as compare_runs
-
-    compared = compare_runs(*found, group=group, metric=metric, x=x or "round", target=target)
-    files = [compared.save(file, band or "sd", width) for file in (to, table) if file is not None]
-    if as_json:
-        from atoll.cli import output
-
-        output.print_json(compared.facts() | {"files": list(map(str, files))})
-    else:
-        print("\n".join([compared.text(), *(f"file    {file}" for file in files)]))
-    return 0
+    return look.print_comparison(
+        *run,
+        metric=metric,
+        x=x,
+        group=group,
+        band=band,
+        target=target,
+        to=to,
+        table=table,
+        width=width,
+        out=out,
+        as_json=as_json,
+    )
 
 
 @_command(INSPECT, 6)
@@ -358,7 +321,7 @@ def replay(
     """
     from atoll.tools.replay import replay as replayed
 
-    print(replayed(_find(run, out), round, client, trust, None, nth).text())
+    print(replayed(look.find(run, out), round, client, trust, None, nth).text())
     return 0
 
 
@@ -393,7 +356,7 @@ def predict_rows(
     from atoll.cli.predict import Request, predict_file
     from atoll.training.experiment import predictor
 
-    path = _find(run, out)
+    path = look.find(run, out)
     request = Request(path, data, to, proba, clients.by, as_, as_json, quiet, overwrite)
     return predict_file(predictor(path, best=best, trust=trust, client=clients.client), request)
 
@@ -429,9 +392,9 @@ def export(
 
         if dtype != "float32":
             raise UsageError(f"--format {format} --dtype {dtype}.", "float32.", "the graph computes as the run did.")
-        print(export_graph(_find(run, out), to, trust, format, client))
+        print(export_graph(look.find(run, out), to, trust, format, client))
         return 0
-    print(exported(_find(run, out), dtype, to, trust, client=client).text())
+    print(exported(look.find(run, out), dtype, to, trust, client=client).text())
     return 0
 
 
@@ -501,23 +464,6 @@ def doctor() -> int:
     return 0 if all(check.ok for check in checks) else 1
 
 
-def _settings() -> Experiment:
-    """The settings of the environment and of the file in the working folder: they contain the parent of run folders."""
-    from atoll.training.experiment import Experiment
-
-    return Experiment.found().with_environment()
-
-
-def _parent(out: str | None) -> Path:
-    return Path(out if out is not None else _settings().out)
-
-
-def _find(run: str, out: str | None) -> Path:
-    from atoll import runs as folders
-
-    return folders.find_run(run, _parent(out))
-
-
 def _refuse_served(run: Path) -> None:
     """Refuse to resume a run in the home of a server or of a site."""
     from atoll.cli.show import home_of
@@ -539,46 +485,12 @@ def _refuse_served(run: Path) -> None:
         )
 
 
-def answer(words: Sequence[str]) -> int:
-    """Run one command. An error is printed to stderr and gives the exit code; a note is a line on stderr."""
-    with warnings.catch_warnings():
-        warnings.showwarning = partial(_show, warnings.showwarning)
-        return _answer(words)
-
-
-def _show(usual: Callable[..., None], message: Warning | str, category: type[Warning], *more: Any) -> None:
-    if issubclass(category, Note):
-        print(f"note    {message}", file=sys.stderr)
-    else:
-        usual(message, category, *more)
-
-
-def _answer(words: Sequence[str]) -> int:
+def parsed_command(words: Sequence[str]) -> int:
+    """Parse the words of one command, run it, and return its exit code."""
     try:
         code = app(list(words), exit_on_error=False, print_error=False, result_action="return_value")
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
     except CycloptsError as error:
         from atoll.cli.mistakes import usage_error
 
-        return _refused(usage_error(error, app))
-    except AtollError as error:
-        return _refused(error)
-    except KeyboardInterrupt:
-        print("Stopped. Files that were written remain.  Write: atoll runs", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of stdout has closed it. Without this line the interpreter's last flush would raise again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-def _refused(error: AtollError) -> int:
-    """Print the four parts of the error; ATOLL_TRACEBACK=1 adds the traceback."""
-    if os.environ.get("ATOLL_TRACEBACK"):
-        import traceback
-
-        traceback.print_exception(error)
-    if "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":  # one rank per machine prints
-        print(error.at("shell"), file=sys.stderr)
-    return error.exit_code
+        raise usage_error(error, app) from error
+    return code if isinstance(code, int) else 0

@@ -16,9 +16,10 @@ from cyclopts import Parameter
 from atoll.base.errors import UsageError
 from atoll.base.lines import Line
 from atoll.cli.options import flag
+from atoll.training.engine_fields import ENGINE_FIELDS
 from atoll.training.experiment import Experiment, key_of, settings, types
 from atoll.training.setting_texts import RUNNING, TEXTS, kinds
-from atoll.training.settings import ENGINE_FIELDS, declared
+from atoll.training.settings import declared
 
 T = TypeVar("T")
 _SET_HELP = 'KEY=VALUE, any setting by its dotted key: "plan.pace=Sync()". May be repeated.'

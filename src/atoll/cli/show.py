@@ -21,12 +21,13 @@ from atoll.runs.summary import called, comparison, confused, grid, judged, near,
 def brief(path: Path) -> dict[str, Any]:
     """The summary of a run folder."""
     run = RunData.read(path, clients=False)
-    best = run.best(run.judged)
+    judged = run.judged
+    best, running = run.best(judged), runs.is_locked(path)
     return {
         "run": run.name,
         "path": str(path),
-        "status": "running" if runs.is_locked(path) else _status(path, run),
-        "reason": "" if runs.is_locked(path) else run.events.reason,
+        "status": "running" if running else _status(path, run),
+        "reason": "" if running else run.events.reason,
         "began": run.events.began,
         "rounds": run.rows[-1]["round"] + 1 if run.rows else 0,
         "seconds": round(run.total("seconds"), 3),
@@ -35,7 +36,7 @@ def brief(path: Path) -> dict[str, Any]:
         "model": run.config.get("model"),
         "plan": run.environment.get("plan"),
         "metrics": {n: run.last(n) for n in run.columns},
-        "best": {"metric": run.judged, "value": best[run.judged], "round": best["round"]} if best else {},
+        "best": {"metric": judged, "value": best[judged], "round": best["round"]} if best else {},
         "bytes_up": int(run.total("bytes_up")),
         "bytes_down": int(run.total("bytes_down")),
         "failures": sum(lost.count for lost in run.events.lost.values()),
@@ -69,7 +70,8 @@ def home_of(path: Path) -> tuple[Path, str]:
 
 def _status(path: Path, run: RunData) -> str:
     """The status of a run. A site has no events of it: it gets the model at the end of the run."""
-    return "done" if home_of(path)[1] == "site" else run.events.status
+    status = run.events.status
+    return "done" if status != "done" and home_of(path)[1] == "site" else status
 
 
 def _next(path: Path, status: str) -> str:

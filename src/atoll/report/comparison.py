@@ -5,16 +5,13 @@ Tests: tests/surface/test_tools.py.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from atoll.report.chart import Axis, Drawing, Mark, Panel, Points, ReferenceLine, Series, Unit, suits_log
 from atoll.report.flight_log import Numbers
 from atoll.report.run_data import RunData
-from atoll.runs.format import better, format_number, label, plain, rises
+from atoll.runs.format import better, rises
 
 CLOCK, SECONDS = "seconds of virtual time", "seconds of computing"
 
@@ -41,9 +38,9 @@ class Curve:
     def of(cls, record: RunData, metric: str, time: str) -> Curve:
         """Build the curve from the rows of a run; `time` is `CLOCK` or `SECONDS`."""
         at = {row["round"]: i for i, row in enumerate(record.rows)}
-        spent = np.cumsum([_amount(r.get("bytes_up")) + _amount(r.get("bytes_down")) for r in record.rows])
+        spent = np.cumsum(_amounts(record, "bytes_up") + _amounts(record, "bytes_down"))
         clock = time == CLOCK
-        each = np.array([_amount(r.get("clock" if clock else "seconds")) for r in record.rows])
+        each = _amounts(record, "clock" if clock else "seconds")
         times = np.maximum.accumulate(each) if clock and len(each) else np.cumsum(each)
         rounds, values = record.series(metric)
         where = [at[int(t)] for t in rounds]
@@ -106,40 +103,10 @@ class MetricComparison:
         return None
 
 
-def _amount(value: object) -> float:
-    """The number in a cell of a row; 0 if the cell contains no finite number."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else 0.0  # type: ignore[arg-type]
-
-
-def comparison_drawing(found: MetricComparison) -> Drawing:
-    """The metric by bytes and by time. A ring marks the point at which a run reaches the target."""
-    name = _titled(found.metric)
-    by_bytes = _panel(found, [c.bytes for c in found.curves], f"{name} by bytes", "up and down, all clients", "bytes")
-    by_time = _panel(found, [c.times for c in found.curves], f"{name} by time", found.time, "seconds")
-    names = " and ".join(c.name for c in found.curves)
-    return Drawing("comparison", f"{name} of {names} by bytes and by time.", [[by_bytes, by_time]], True, 0.32)
-
-
-def apart(costs: Sequence[Numbers]) -> bool:
-    """Whether the costs differ by more than a factor of 8, so that a linear axis would squeeze one line."""
-    ends = [float(c[-1]) for c in costs if len(c)]
-    return len(ends) == 2 and min(ends) > 0 and max(ends) > 8 * min(ends)
-
-
-def _panel(found: MetricComparison, costs: Sequence[Numbers], title: str, label: str, unit: Unit) -> Panel:
-    marks: list[Mark] = [ReferenceLine(found.target, "soft")]
-    for i, (curve, x, at) in enumerate(zip(found.curves, costs, found.at, strict=True)):
-        marks.append(Series(x.tolist(), curve.values.tolist(), f"s{i}", curve.name))
-        if at is not None:
-            marks.append(Points([float(x[at])], [float(curve.values[at])], f"s{i}", "ring"))
-    log = not found.rising and suits_log(*(c.values.tolist() for c in found.curves))
-    far = apart(costs)
-    axis = Axis(label, unit, log=far, low=None if far else 0.0)
-    remark = f"dashed: {format_number(found.target)}"
-    return Panel(marks, title, remark, axis, Axis(log=log), names="top")
-
-
-def _titled(name: str) -> str:
-    words = label(name)
-    return plain(words[:1].upper() + words[1:], 40)
+def _amounts(record: RunData, name: str) -> Numbers:
+    """The numbers of a column, float64 `[rows]`; 0 where a row has no finite number."""
+    values = [row.get(name) for row in record.rows]
+    if not set(map(type, values)) <= {int, float}:
+        values = [v if type(v) in (int, float) else 0.0 for v in values]
+    each = np.array(values, dtype=np.float64)
+    return np.where(np.isfinite(each), each, 0.0)

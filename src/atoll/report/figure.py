@@ -13,19 +13,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from atoll.base.errors import UsageError, unknown_name
+from atoll.base.errors import UsageError
 from atoll.base.lines import Line
 from atoll.base.markup import html_table, mimebundle
-from atoll.report.chart import SERIES, Axis, Band, Drawing, Mark, Panel, ReferenceLine, Series, Unit, suits_log
 from atoll.report.comparison import Curve
-from atoll.report.export import rendered
 from atoll.report.flight_log import Numbers
-from atoll.runs.format import format_number, label, plain, rises
+from atoll.runs.format import format_number, label, rises
 from atoll.runs.frames import Backend, frame_of_columns
+
+if TYPE_CHECKING:
+    from atoll.report.chart import Drawing, Unit
 
 X = Literal["round", "bytes", "seconds", "clock"]
 Spread = Literal["sd", "range", "ci"]
@@ -37,7 +38,6 @@ AXES: dict[str, tuple[str, Unit]] = {
 }
 SPREADS = {"sd": "± sd", "range": "smallest to largest", "ci": "95 % interval of the mean"}
 TABLES = (".csv", ".tex", ".md")
-MOST = 2 * SERIES  # lines of one figure: solid and dashed ones of each colour
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,38 +188,9 @@ class Comparison:
         Raises:
             UsageError: an unknown band, or more than 16 lines.
         """
-        if band not in SPREADS:
-            raise unknown_name("band", band, SPREADS, lambda near: Line(f'band="{near}"', f"--band {near}"))
-        if len(self.groups) > MOST:
-            raise UsageError(
-                f"{len(self.groups)} lines in one figure.",
-                f"at most {MOST} lines.",
-                "solid and dashed lines of 8 colours differ.",
-            )
-        colour = {id(g): at for at, g in enumerate(self.groups)}
-        panels = []
-        sets = list(dict.fromkeys(g.data for g in self.groups))
-        for at, data in enumerate(sets):
-            groups = [g for g in self.groups if g.data == data]
-            marks: list[Mark] = [] if self.target is None else [ReferenceLine(self.target, "soft")]
-            for g in groups:
-                if (ends := g.band(band)) is not None:
-                    low, high = (end.tolist() for end in ends)
-                    marks.append(Band(g.x(self.x).tolist(), low, high, f"s{colour[id(g)] % SERIES}"))
-            for g in groups:
-                place = colour[id(g)]
-                name = plain(g.name, 40) + (f" (n={len(g.curves)})" if len(g.curves) > 1 else "")
-                mean = g.values.mean(axis=0).tolist()
-                marks.append(Series(g.x(self.x).tolist(), mean, f"s{place % SERIES}", name, dashed=place >= SERIES))
-            remark = SPREADS[band] if any(len(g.curves) > 1 for g in groups) else ""
-            title = f"held-out rows {at + 1}" if data and len(sets) > 1 else "unknown held-out rows" if not data else ""
-            log = rises(self.metric) is False and suits_log(*(g.values.ravel().tolist() for g in groups))
-            words, unit = AXES[self.x]
-            panels.append(
-                Panel(marks, title, remark, Axis(words, unit), Axis(label(self.metric), log=log), names="top")
-            )
-        alt = f"{label(self.metric)} by {self.x}: {', '.join(g.name for g in self.groups)}."
-        return Drawing("compare", alt, [panels], len(panels) > 1, 0.7 if len(panels) == 1 else 0.4)
+        from atoll.report.figure_drawing import figure_drawing  # a table needs no charts
+
+        return figure_drawing(self, band)
 
     def save(self, path: str | Path, band: Spread = "sd", width: float = 3.3) -> Path:
         """Write the figure (.svg, .pdf, .png) or the table (.csv, .tex, .md). Equal runs give equal bytes.
@@ -234,6 +205,7 @@ class Comparison:
             UsageError: an unknown suffix, or a PDF or PNG without the extra `atoll[plots]`.
         """
         from atoll.base.files import atomic_write
+        from atoll.report.export import rendered
 
         file = Path(path)
         if file.suffix in TABLES:

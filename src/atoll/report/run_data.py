@@ -25,6 +25,7 @@ from atoll.plan.formula import formula_of
 from atoll.report.flight_rows import MOST_FLIGHTS, Tally, read_trips
 from atoll.report.flight_rows import Row as FlightRow
 from atoll.runs.confusion import Confusion
+from atoll.runs.folder import read_rows
 from atoll.runs.format import better, rises, spread
 from atoll.runs.summary import ROWS
 
@@ -128,11 +129,11 @@ class RunData:
             clients: whether the events of clients are read, which are most of a long log.
         """
         log = folder / "metrics.jsonl"
-        rows = map(_object, log.read_bytes().splitlines() if log.is_file() else ())
+        rows = read_rows(log) if log.is_file() else []
         text = _text(folder / "config.toml")
         return cls(
-            folder.resolve().name,
-            tuple(r for r in rows if _is_round(r.get("round"))),
+            (folder.resolve() if folder.is_symlink() or folder.name in ("", "..") else folder).name,
+            tuple(r for r in rows if isinstance(r, dict) and _is_round(r.get("round"))),
             _config(text),
             text,
             _object(_text(folder / "environment.json")),
@@ -144,6 +145,10 @@ class RunData:
         """The rounds in which a column has a number, and the numbers, float64 `[n]`; NaN and infinity are included."""
         import numpy as np
 
+        values = [row.get(name) for row in self.rows]
+        if set(map(type, values)) <= {int, float}:
+            rounds = np.array([row["round"] for row in self.rows], dtype=np.float64)
+            return rounds, np.array(values, dtype=np.float64)
         found = [(row["round"], v) for row in self.rows if (v := _number(row.get(name))) is not None]
         pairs = np.array(found, dtype=np.float64).reshape(-1, 2)
         return pairs[:, 0], pairs[:, 1]
@@ -159,11 +164,19 @@ class RunData:
         """The last number of a column; None if it has none."""
         return next((v for row in reversed(self.rows) if (v := _number(row.get(name))) is not None), None)
 
+    @property
+    def named(self) -> dict[str, None]:
+        """The names of all columns, in the order of the rows."""
+        return dict.fromkeys(chain.from_iterable(self.rows))
+
+    def has(self, name: str) -> bool:
+        """Whether a column contains a number."""
+        return any(_number(row.get(name)) is not None for row in self.rows)
+
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """The measured columns that contain numbers, in reading order: losses, metrics, the rest."""
-        names = dict.fromkeys(chain.from_iterable(self.rows))
-        there = [n for n in names if n not in COUNTS and any(_number(r.get(n)) is not None for r in self.rows)]
+        there = [n for n in self.named if n not in COUNTS and self.has(n)]
         metrics = [n for n in there if n not in OTHER]
         first, after = [n for n in OTHER[:2] if n in there], [n for n in OTHER[2:] if n in there]
         return (*first, *metrics, *after)

@@ -29,6 +29,7 @@ import io
 import json
 import os
 import platform
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -614,16 +615,30 @@ def read_environment(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log, without an incomplete last line. NaN, which strict JSON lacks, takes the slower parser."""
+    """The rows of a log, without an incomplete last line."""
+    return parsed_rows(path.read_bytes()) if path.exists() else []
+
+
+def parsed_rows(data: bytes) -> list[dict[str, Any]]:
+    """The values of lines of JSON, without damaged lines. NaN, which strict JSON lacks, takes the slower parser.
+
+    Example:
+        >>> parsed_rows(b'{"round": 0}\\n{"loss": NaN}\\n{"ro')
+        [{'round': 0}, {'loss': nan}]
+    """
     import msgspec
 
+    with contextlib.suppress(ValueError, RecursionError):
+        rows = msgspec.json.Decoder().decode_lines(data)  # a tenth of the time of single lines
+        if len(rows) == data.count(b"\n") and data.endswith(b"\n"):
+            return rows
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in data.splitlines():
         try:
             rows.append(msgspec.json.decode(line))
         except (ValueError, RecursionError):
             with contextlib.suppress(ValueError, RecursionError):
-                rows.append(json.loads(line))
+                rows.append(json.loads(line.decode("utf-8", "replace")))
     return rows
 
 
@@ -663,8 +678,14 @@ def list_runs(parent: Path) -> list[Path]:
     """The run folders in a parent folder, oldest first."""
     if not parent.is_dir():
         return []
-    found = [p for p in parent.iterdir() if not p.is_symlink() and (p / "config.toml").is_file()]
-    return sorted(found, key=lambda p: ((p / "config.toml").stat().st_mtime, p.name))
+    found = []
+    with os.scandir(parent) as entries:  # it asks the disk once for each folder
+        for entry in entries:
+            with contextlib.suppress(OSError, ValueError):
+                about = None if entry.is_symlink() else os.stat(os.path.join(entry.path, "config.toml"))
+                if about is not None and stat.S_ISREG(about.st_mode):
+                    found.append((about.st_mtime, entry.name))
+    return [parent / name for _, name in sorted(found)]
 
 
 def _drawn(words: Sequence[str]) -> str:

@@ -28,13 +28,12 @@ from atoll.base.lines import Line
 from atoll.base.markup import mimebundle, preformatted
 from atoll.base.names import COUNTS, dotted
 from atoll.compute.metric_names import base_metric, direction
-from atoll.report.comparison import CLOCK, SECONDS, Curve, MetricComparison, comparison_drawing
-from atoll.report.export import rendered
+from atoll.report.comparison import CLOCK, SECONDS, Curve, MetricComparison
 from atoll.report.figure import AXES, Comparison, SeedGroup, X
 from atoll.report.run_data import Events, RunData
 from atoll.runs.format import format_number, label
 from atoll.runs.labels import Labels
-from atoll.training.settings import is_old_default
+from atoll.training.engine_fields import is_old_default
 
 if TYPE_CHECKING:
     from atoll.runs.events import Run
@@ -245,6 +244,9 @@ def _record(folder: Path, rows: Sequence[Mapping[str, Any]]) -> RunData:
 
 def _drawn(metric: MetricComparison, out: Path) -> Path:
     """Write the plot and return its path."""
+    from atoll.report.comparison_chart import comparison_drawing
+    from atoll.report.export import rendered
+
     name = f"compare-{'-'.join(c.name[:60] for c in metric.curves)}.svg"
     file = out if out.suffix in (".svg", ".png", ".pdf") else out / name
     write_output(file, rendered(comparison_drawing(metric), file.suffix[1:]))
@@ -520,11 +522,8 @@ def _distinct(found: Sequence[_Found]) -> tuple[list[_Found], list[str]]:
 
 def _column(found: Sequence[_Found], metric: str | None) -> str:
     """The column to compare: every run must have numbers of it."""
-    columns = [dict.fromkeys(n for row in f.record.rows for n in row) for f in found]
-    having = [
-        {n for n in names if len(f.record.series(n)[0])} - {"round"} for f, names in zip(found, columns, strict=True)
-    ]
-    shared = [n for n in columns[0] if all(n in each for each in having)]
+    having = [{n for n in f.record.named if f.record.has(n)} - {"round"} for f in found]
+    shared = [n for n in found[0].record.named if all(n in each for each in having)]
     empty = next((f.path.name for f, each in zip(found, having, strict=True) if not each), "")
     if empty:
         raise UsageError(f"{empty} has no finished round.", "runs with at least one round.", write="atoll runs")
@@ -570,6 +569,8 @@ def _line_names(lines: Sequence[Sequence[_Found]], group: str | None) -> list[st
 def _common(line: Sequence[_Found], column: str, time: str) -> tuple[Curve, ...]:
     """The curves of the runs of a line, in the rounds that all of them have."""
     curves = [Curve.of(f.record, column, time) for f in line]
+    if all(np.array_equal(c.rounds, curves[0].rounds) for c in curves):
+        return tuple(curves)
     common = set.intersection(*(set(c.rounds.tolist()) for c in curves))
     if not common:
         raise UsageError(

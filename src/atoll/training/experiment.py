@@ -27,6 +27,7 @@ from atoll.base.lines import TRUST, Change, Line, Part, Split, Text, form
 from atoll.base.names import dotted
 from atoll.base.validation import check_arguments
 from atoll.plan.formula import FEDAVG_RATE
+from atoll.training.engine_fields import ENGINE_FIELDS, is_old_default
 from atoll.training.known_names import PARTITIONS, RECIPES, check_call, check_data, check_model
 from atoll.training.setting_texts import (
     DATA,
@@ -40,7 +41,7 @@ from atoll.training.setting_texts import (
     read_toml,
     toml,
 )
-from atoll.training.settings import ENGINE_FIELDS, Settings, TrainingFields, declared, is_old_default, setting
+from atoll.training.settings import Settings, TrainingFields, declared, setting
 
 if TYPE_CHECKING:
     from torch import nn
