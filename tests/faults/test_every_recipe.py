@@ -37,6 +37,9 @@ CODECS = {
 }
 
 
+THETA = 4 * (64 * 200 + 200 + 200 * 10 + 10)  # bytes of `mlp` for digits
+
+
 def rows(run):
     names = ("round", "fingerprint", "arrived", "failed", "bytes_up", "bytes_down", "loss", "held_out_loss")
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
@@ -90,9 +93,9 @@ def test_the_deltas_of_a_downlink_travel_and_give_the_bits_of_a_run(case, tmp_pa
     settings = {"model": "mlp", "recipe": "fedavg(lr=0.5, batch=100, cohort=2)", "rounds": 4, "seed": 3}
     equal(tmp_path, {**settings, "numerics": "fused", "plan__downlink": DOWNLINKS[case]}, 3)
     lines = (tmp_path / "alone" / "latest" / "metrics.jsonl").read_text().splitlines()
-    theta = 4 * (64 * 200 + 200 + 200 * 10 + 10)
     counted = sum(json.loads(line)["bytes_down"] for line in lines)
-    assert counted == sum(made) + 3 * theta
+    assert counted == sum(made) + 3 * THETA
+    assert sum(length > THETA for length in fetched) == 3 + 3  # the first version and the final model
     assert wire.MAX_DELTAS == MAX_DELTAS
 
 
@@ -110,4 +113,4 @@ def test_a_site_whose_version_has_another_hash_reads_the_whole_version(tmp_path,
     monkeypatch.setattr(Site, "has_base", lambda self, work: bool(work.deltas) and next(made) % 2 == 0)
     settings = {"model": "mlp", "recipe": "fedavg(lr=0.5, batch=100)", "rounds": 3, "seed": 3, "numerics": "fused"}
     equal(tmp_path, {**settings, "plan__downlink": "TopK(0.05)"}, 2)
-    assert sum(length > 4 * (64 * 200 + 200 + 200 * 10 + 10) for length in fetched) == 3 * 2
+    assert sum(length > THETA for length in fetched) == 3 * 2 + 2  # three rounds and the final model
