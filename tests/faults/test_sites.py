@@ -1,5 +1,6 @@
 """Sites with rows of their own give the bits of a run on the joined table."""
 
+import dataclasses
 import json
 import re
 import socket
@@ -16,7 +17,7 @@ from network import Federation, comparable, rows_of
 from safetensors.torch import load_file
 from sites import SITES, Served, experiment, table, write_tables
 
-from atoll import models
+from atoll import models, recipes
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
 from atoll.compute.batches import HOST
@@ -24,9 +25,13 @@ from atoll.compute.task import Task
 from atoll.data import csv
 from atoll.data.schema import Schema
 from atoll.data.site_rows import site_rows
+from atoll.engine.protocols import RunOptions
 from atoll.net.join import own_rows
 from atoll.net.site import Site
+from atoll.net.spec import Server
 from atoll.net.terms import RefusedError, Terms
+from atoll.plan.aggregate import Agnostic, Attacked, Median, SignFlip
+from atoll.plan.sampler import PowerOfChoice
 from atoll.training.experiment import load
 
 SMALL = {"model": "softmax", "recipe": "fedavg(lr=0.5, batch=10)", "numerics": "fused", "report": "false"}
@@ -102,6 +107,24 @@ def test_three_tables_give_the_bits_and_the_evaluation_of_the_joined_table(tmp_p
     assert list(ours[first]) == pytest.approx(list(theirs[first]), rel=1e-5)
     ours, theirs = (json.loads((path / "clients.jsonl").read_text()) for path in both)
     assert ours["round"] == 0 and ours["id"] == theirs["id"] and ours[first] == pytest.approx(theirs[first], rel=1e-5)
+
+
+def test_a_server_refuses_attacks_and_in_an_open_run_parts_that_need_all_clients(tmp_path):
+    engine = Server(str(tmp_path / "server")).build(RunOptions(model="softmax"))
+    engine.task = Task.of(torch.nn.Linear(3, 2), "cross_entropy", ())
+    plan = recipes.fedavg(0.1)
+    for refused, says in (
+        (dataclasses.replace(plan, aggregator=Attacked(Median(), SignFlip())), "over a network"),
+        (recipes.scaffold(0.1), "in an open run"),
+        (recipes.feddyn(0.1), "in an open run"),
+        (recipes.newton(), "in an open run"),
+        (dataclasses.replace(plan, aggregator=Agnostic(0.1)), "in an open run"),
+        (dataclasses.replace(plan, cohort=PowerOfChoice(2, 3)), "in an open run"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            engine.check_start(refused, None)
+    engine.check_start(plan, None)
+    engine.close()
 
 
 def terms(folder, **changes):

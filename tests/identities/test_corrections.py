@@ -161,6 +161,23 @@ def test_fednova_minimises_the_objective_and_fedavg_another_one():
     assert off(found(None, 0.05), other) < 0.2 * apart
 
 
+@pytest.mark.slow
+def test_fednova_reaches_the_optimum_as_the_rate_falls():
+    """The distance to the optimum falls with the rate; that of FedAvg to the optimum of other weights does too."""
+    data = clients(10, 20)
+    best, other = optimum(data), optimum(data, 1 + torch.arange(20) % 2)
+    task = task_of(seeded(lambda: nn.Linear(D, 1, bias=False)), data, "fused", WIDE)
+
+    def distance(correction, lr, target):
+        plan = Plan(Train(sgd(lr), epochs=1, batch=10, correction=correction), Mean())
+        state, _ = run(plan, InProcessEngine(task, data), round(8 / lr), init=other if correction else best)
+        return off(state.model.theta, target)
+
+    for correction, target in ((Normalised(), best), (None, other)):
+        coarse, fine = (distance(correction, lr, target) for lr in (0.05, 0.005))
+        assert fine < 0.2 * coarse, (correction, coarse, fine)
+
+
 def test_fedexp_of_equal_updates_is_fedavg_bit_for_bit():
     data = federation(
         *(t.repeat(3, *[1] * (t.dim() - 1)) for t in (clients().rows.x[:6], clients().rows.y[:6])), (6, 6, 6)
@@ -251,6 +268,7 @@ def test_calibration_is_a_shift_of_the_logits(numerics):
 
 def test_calibration_chained_shifts_the_anchor():
     data = classification((12, 9), dtype=WIDE)
+    data.rows.y[:12].clamp_(max=1)  # the first client has no row of the last class, and half a row is counted
     task = task_of(seeded(lambda: nn.Linear(4, 3)), data, "lanes", WIDE)
     counts = torch.stack([y.bincount(minlength=3) for y in data.rows.y.split([12, 9])]).to(WIDE).clamp(min=0.5)
     for k in range(2):
@@ -338,6 +356,8 @@ REFUSED = [
     (lambda: Dynamic(0.0), "alpha"),
     (lambda: Calibrated(1.0, form="half"), "quarter"),
     (lambda: Scaffold("all"), "update"),
+    (lambda: read_part("Gradient(correction=Proximal(0.1))"), "correction"),
+    (lambda: read_part("Custom('my:step', correction=Proximal(0.1))"), "correction"),
     (lambda: Scaffold() >> Normalised(), "Scaffold"),
     (lambda: Proximal(0.1) >> Scaffold(), "Proximal"),
     (lambda: Calibrated(0.1) >> Calibrated(0.1), "Calibrated"),
@@ -449,6 +469,25 @@ def test_every_correction_is_in_the_grammar_and_is_one_call():
     for name, kind in {**names, "fedlc": Calibrated}.items():
         correction = Experiment().override(recipe=f"{name}(0.1)").plan().local.correction
         assert isinstance(correction, kind) and kind in CORRECTIONS
+
+
+def test_scaffold_sends_two_vectors_or_one():
+    data = classification((12, 9, 9), dtype=WIDE)
+    task = task_of(seeded(lambda: nn.Linear(4, 3)), data, "fused", WIDE)
+
+    def sent(correction):
+        plan = Plan(Train(sgd(0.1), steps=3, batch=4, correction=correction), Mean())
+        return run(plan, InProcessEngine(task, data), 1)[1][0].bytes_up / 3
+
+    plain = sent(None)
+    assert sent(Scaffold()) == plain + 15 * 8 and sent(Scaffold("update")) == plain + 8
+
+
+def test_a_note_states_that_clients_lack_classes():
+    data = atoll.data.load("digits").split(5, atoll.data.Pathological(2))
+    for recipe, count in (("fedlc(0.1)", 1), ("fedprox(0.1)", 0)):
+        with atoll.rounds("softmax", data, recipe, rounds=1) as training:
+            assert sum("5 of 5 clients have no row of some class" in note for note in training.notes) == count
 
 
 def test_unequal_chances_are_refused():

@@ -179,6 +179,18 @@ def test_other_clients_change_no_bit(body):
     assert torch.equal(theta(None), theta(1)) and torch.equal(theta(None), theta(2))
 
 
+@pytest.mark.parametrize("optimizer", [sgd(0.1), sgd(0.1, momentum=0.9, weight_decay=0.1)])
+@pytest.mark.parametrize("each", [True, False])
+def test_blocks_of_lanes_change_no_bit(optimizer, each, monkeypatch):
+    """A large step is finished for some lanes at a time. Of five lanes a block has two or three."""
+    correction, words = Fixed(0.3, ("anchor", "shift"), each), {"dtype": torch.float32, "sizes": (9, 9, 8, 7, 7)}
+    found = []
+    for size in (1, 1 << 40):
+        monkeypatch.setattr(limits, "STEP_BYTES", size)
+        found.append(updated("fused", mlp, optimizer, correction, **words)[0].means["update"])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_no_pull_changes_no_bit(body):
     for optimizer in (sgd(0.1), adamw(0.01)):

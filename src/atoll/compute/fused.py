@@ -26,6 +26,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from atoll.compute import limits
+from atoll.compute.buffer_pool import empty
 from atoll.compute.layout import Layout
 from atoll.compute.loss import ClassWeighted, binary_cross_entropy, cross_entropy, mse
 from atoll.compute.step_rule import StepRule
@@ -41,24 +43,45 @@ class UnsupportedModel(Exception):
 
 
 class Sink(NamedTuple):
-    """The target of gradients, one tensor per parameter: sink ← keep · sink + factor · gradient."""
+    """The target of gradients, one tensor per parameter: sink ← keep · sink + factor · gradient.
+
+    Args:
+        tensors: the sink of each parameter, `[K, …]`.
+        keep, factor: the numbers of the formula.
+        then: is called with the parameter and some lanes as soon as their sinks are complete, and are in the cache.
+    """
 
     tensors: Sequence[Tensor]
     keep: float
     factor: float
+    then: Callable[[int, slice], None] | None = None
 
     def add(self, i: int, a: Tensor, b: Tensor) -> None:
         """Add a @ b, `[K, n, m]`, to the sink of parameter i."""
-        self.tensors[i].view(*a.shape[:2], -1).baddbmm_(a, b, beta=self.keep, alpha=self.factor)
+        into = self.tensors[i].view(*a.shape[:2], -1)
+        if self.then is None:
+            into.baddbmm_(a, b, beta=self.keep, alpha=self.factor)
+            return
+        for some in _blocks_of_lanes(into):
+            into[some].baddbmm_(a[some], b[some], beta=self.keep, alpha=self.factor)
+            self.then(i, some)
 
     def put(self, i: int, g: Tensor) -> None:
         """Add g to the sink of parameter i."""
         if not self.keep:
             torch.mul(g, self.factor, out=self.tensors[i])
-            return
-        if self.keep != 1.0:
-            self.tensors[i].mul_(self.keep)
-        self.tensors[i].add_(g, alpha=self.factor)
+        else:
+            if self.keep != 1.0:
+                self.tensors[i].mul_(self.keep)
+            self.tensors[i].add_(g, alpha=self.factor)
+        if self.then is not None:
+            self.then(i, slice(None))
+
+
+def _blocks_of_lanes(t: Tensor) -> Iterator[slice]:
+    """Blocks of at least two lanes, since a single lane rounds differently, of about `limits.STEP_BYTES`."""
+    count = max(1, min(len(t) // 2, t.nbytes // limits.STEP_BYTES))
+    return (slice(len(t) * j // count, len(t) * (j + 1) // count) for j in range(count))
 
 
 class Layer(Protocol):
@@ -447,15 +470,11 @@ class FusedDescent:
         rule, program = self._rule, self._program
         one_pass = not program.maps or x.shape[1] <= MAPS
         if one_pass and self._keep is not None:
-            each = program.run(lanes.theta, x, y, share, Sink(lanes.theta, self._keep, -rule.lr))
-            for t, c in zip(lanes.theta, lanes.constant, strict=False):
-                t.add_(c, alpha=-rule.lr)
-            return each
+            then = partial(_add_constant, lanes.theta, lanes.constant, -rule.lr) if lanes.constant else None
+            return program.run(lanes.theta, x, y, share, Sink(lanes.theta, self._keep, -rule.lr, then))
         if one_pass and rule.momentum and not rule.nesterov:
-            each = program.run(lanes.theta, x, y, share, Sink(lanes.velocity, rule.momentum, 1.0))
-            self._pull(lanes.velocity, lanes)
-            torch._foreach_add_(lanes.theta, lanes.velocity, alpha=-rule.lr)
-            return each
+            then = partial(_finish_momentum, lanes, rule)
+            return program.run(lanes.theta, x, y, share, Sink(lanes.velocity, rule.momentum, 1.0, then))
         gradient, each = program.gradient(lanes.theta, x, y, share)
         if self._keep is not None:
             for t, g in zip(lanes.theta, gradient, strict=True):
@@ -487,7 +506,7 @@ class FusedDescent:
         if self._pair is not None:
             for t, pair in zip(self._lanes.theta, self._pair.theta, strict=True):
                 t[0].copy_(pair[0])
-        out = self._start[0].new_empty(self.count, sum(prod(shape) for shape in self._program.shapes))
+        out = empty(self._start[0], (self.count, sum(prod(shape) for shape in self._program.shapes)))
         for start, t, part in zip(self._start, self._lanes.theta, self._program.split(out), strict=True):
             torch.sub(start, t[: self.count], out=part)
         return out
@@ -496,6 +515,22 @@ class FusedDescent:
     def moved(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Buffers `[K, 0]` and no counters: a model with buffers is not served."""
         return self._loss_sum.new_empty(self.count, 0), {}
+
+
+def _add_constant(into: Sequence[Tensor], constant: Sequence[Tensor], factor: float, i: int, some: slice) -> None:
+    """Add factor · c to parameter i of some lanes; c is `[1, …]` or `[k, …]`."""
+    c = constant[i]
+    into[i][some].add_(c if len(c) == 1 else c[some], alpha=factor)
+
+
+def _finish_momentum(lanes: Lanes, rule: StepRule, i: int, some: slice) -> None:
+    """Add κy + c to the velocity v of parameter i of some lanes, and −lr·v to the parameter."""
+    y, v = lanes.theta[i][some], lanes.velocity[i][some]
+    if rule.kappa:
+        v.add_(y, alpha=rule.kappa)
+    if lanes.constant:
+        _add_constant(lanes.velocity, lanes.constant, 1.0, i, some)
+    y.add_(v, alpha=-rule.lr)
 
 
 def _kept_share(rule: StepRule, dtype: torch.dtype) -> float | None:

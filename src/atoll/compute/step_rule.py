@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from atoll.compute.buffer_pool import empty
+
 
 class StepRule(NamedTuple):
     """The rule of the steps of K clients in one round.
@@ -50,7 +52,10 @@ class StepRule(NamedTuple):
         """c = s − μa, `[d]` or `[K, d]`; None if it is 0."""
         if not self.mu or self.anchor is None:
             return self.shift
-        return self.anchor * -self.mu if self.shift is None else torch.sub(self.shift, self.anchor, alpha=self.mu)
+        if self.shift is None:
+            return self.anchor * -self.mu
+        out = empty(self.shift, torch.broadcast_shapes(self.shift.shape, self.anchor.shape))
+        return torch.sub(self.shift, self.anchor, alpha=self.mu, out=out)
 
     def pulled(self, g: Tensor, y: Tensor) -> Tensor:
         """The gradient of the first k clients with the pull, g + μ(y − a) + s, without weight decay.

@@ -614,6 +614,11 @@ class Correction(Protocol):
         return False
 
     @default
+    def reads_classes(self) -> bool:
+        """Whether `pull` reads `facts.classes`, in which a client may lack a class."""
+        return False
+
+    @default
     def personal_mu(self) -> float | None:
         """λ of a second training of each client, of its own model v: ∇ℓ(v) + λ(v − θ). None: there is none."""
         return None

@@ -203,7 +203,22 @@ class Training:
         some = (
             f"{self.evaluated.count} of {self.data.count} clients, drawn by the seed, are evaluated on their own rows."
         )
-        return (*notes_of(self), *self.data.notes, *self.task.notes, *((some,) if few else ()))
+        return (*notes_of(self), *self.data.notes, *self.task.notes, *((some,) if few else ()), *self._class_notes)
+
+    @cached_property
+    def _class_notes(self) -> tuple[str, ...]:
+        """A note if clients lack classes, and the correction reads their class counts."""
+        local, data = self.plan.local, self.data
+        read = isinstance(local, Train) and local.correction is not None and local.correction.reads_classes
+        if not read or not data.count or not data.classes or not in_memory(data.rows):
+            return ()
+        y, classes = data.rows.targets()[data.order], len(data.classes)
+        if y.dim() != 1:
+            return ()
+        pairs = (torch.arange(data.count).repeat_interleave(data.sizes) * classes + y)[y >= 0].unique() // classes
+        lacking = int((pairs.bincount(minlength=data.count) < classes).sum())
+        text = f"{lacking} of {data.count} clients have no row of some class: their class counts begin at half a row."
+        return (text,) if lacking else ()
 
     @property
     def columns(self) -> tuple[str, ...]:

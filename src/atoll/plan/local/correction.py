@@ -360,6 +360,7 @@ class Calibrated(CorrectionBase):
 
     tau: float = bounded_number(least=0, example=1.0, why="a negative strength favours the classes that a client has.")
     form: Logits = "log"
+    reads_classes = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -597,6 +598,10 @@ class Chained(CorrectionBase):
     @property
     def needs_equal_steps(self) -> bool:
         return any(part.needs_equal_steps for part in self.chain)
+
+    @property
+    def reads_classes(self) -> bool:
+        return any(part.reads_classes for part in self.chain)
 
     def _own(self, tensors: Tensors) -> Iterator[tuple[Correction, str, dict[str, Tensor]]]:
         for i, part in enumerate(self.chain):
