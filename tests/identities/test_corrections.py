@@ -173,9 +173,9 @@ def test_fednova_reaches_the_optimum_as_the_rate_falls():
         state, _ = run(plan, InProcessEngine(task, data), round(8 / lr), init=other if correction else best)
         return off(state.model.theta, target)
 
-    for correction, target in ((Normalised(), best), (None, other)):
-        coarse, fine = (distance(correction, lr, target) for lr in (0.05, 0.005))
-        assert fine < 0.2 * coarse, (correction, coarse, fine)
+    for one, target in ((Normalised(), best), (None, other)):
+        coarse, fine = (distance(one, lr, target) for lr in (0.05, 0.005))
+        assert fine < 0.2 * coarse, (one, coarse, fine)
 
 
 def test_fedexp_of_equal_updates_is_fedavg_bit_for_bit():
