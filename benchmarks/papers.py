@@ -8,8 +8,12 @@
 | heart | Fed-Heart-Disease: logistic regression on four hospitals; accuracy, AUC and loss |
 | niid | Fashion-MNIST over 10 clients, three splits: the best of 50 rounds |
 | mcmahan | MNIST over 100 clients: rounds to 97 % and 99 % |
-| scaffold | 10 of 100 clients: FedAvg and SCAFFOLD on MNIST |
+| adaptive | server optimizers on CIFAR-100, EMNIST and CIFAR-10: for the time only |
+| scaffold | 10 of 100 clients of MNIST: FedAvg and SCAFFOLD; NIID-Bench on CIFAR-10 for the time only |
+| fednova | CIFAR-10 over 16 clients: for the time only |
 | personal | Fashion-MNIST over 20 clients, two label skews: models of clients |
+| robust | digits over 20 clients: rules under simulated attacks; no published values |
+| newton | Newton's method over clients next to pooled scikit-learn and statsmodels: distances |
 
 `--rows` takes names and patterns, such as `iid-*`. `--out` appends each result to a file when it is measured and skips
 the results that the file has, so a command that was stopped continues; a training that was stopped continues from its
@@ -35,15 +39,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from paper_tables import hospitals, images
+from paper_tables import absent, attacked, hospitals, images, statistics_tables
 from paper_tables.rows import Cell, Result, Results, Row, Table, missing
 
 TABLES: Mapping[str, Callable[[], Table]] = {
     "heart": hospitals.heart,
     "niid": images.niid,
     "mcmahan": images.mcmahan,
+    "adaptive": absent.adaptive,
     "scaffold": images.scaffold,
+    "fednova": absent.fednova,
     "personal": images.personal,
+    "robust": attacked.robust,
+    "newton": statistics_tables.newton,
 }
 
 
@@ -126,22 +134,23 @@ def cells_of(name: str, row: Row, results: Sequence[Result]) -> list[dict[str, A
     return found
 
 
-def line(cell: Mapping[str, Any], digits: int, next_to: Sequence[str] = ()) -> str:
+def line(cell: Mapping[str, Any], wide: int, form: str, next_to: Sequence[str] = ()) -> str:
     """A cell as a line of text: our value, the published one, and their distance in published deviations.
 
     Args:
         cell: the cell, as in `--json`.
-        digits: decimals.
+        wide: the width of the column names.
+        form: the format of a value.
         next_to: further measures of the same column, as text.
     """
     ours, published, spread = cell["ours"], cell["published"], cell["published_sd"]
-    shown = "not reached" if ours is None else f"{ours:.{digits}f} ± {cell['sd']:.{digits}f}"
-    text = f"{cell['row']:22}{cell['column']:18}{shown:16}"
+    shown = "–" if ours is None else f"{ours:{form}} ± {cell['sd']:{form}}"
+    text = f"{cell['row']:32}{cell['column']:{wide}}{shown:18}"
     if published is not None:
-        text += f"published {published:.{digits}f}{'' if spread is None else f' ± {spread:.{digits}f}':10}"
+        text += f"published {published:{form}}{'' if spread is None else f' ± {spread:{form}}':10}"
         if ours is not None:
-            text += f"{ours - published:+.{digits}f}" if spread is None else f"{(ours - published) / spread:+.1f} sd"
-    text = f"{text:84}  {'  '.join(next_to)}".rstrip()
+            text += f"{ours - published:+{form}}" if spread is None else f"{(ours - published) / spread:+.1f} sd"
+    text = f"{text:94}  {'  '.join(next_to)}".rstrip()
     return f"{text}{'   !' if cell['ok'] is False else ''}"
 
 
@@ -170,7 +179,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for seed in given.seeds or seeds_of(table.seeds):
             key = (given.table, name, seed, given.rounds)
             found.append(results.measured(key, lambda place, row=row, seed=seed: row.run(seed, given.rounds, place)))
-        cells += shown(name, row, found, table.digits)
+        cells += shown(name, row, found, table.form)
     means = {(cell["row"], cell["column"]): cell["ours"] for cell in cells if cell["ours"] is not None}
     for remark in table.remarks(means):
         print(remark)
@@ -181,20 +190,21 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def shown(name: str, row: Row, results: Sequence[Result], digits: int) -> list[dict[str, Any]]:
+def shown(name: str, row: Row, results: Sequence[Result], form: str) -> list[dict[str, Any]]:
     """Print a row with its costs and notes; returns its cells."""
     cells = cells_of(name, row, results)
     measures = {cell["column"]: cell["ours"] for cell in cells}
+    wide = max(18, *(len(column) + 2 for column in measures))
     for cell in cells:
         column = cell["column"].rpartition(" ")[0]
         if column and column in measures:
             continue  # an AUC or a loss stands next to the accuracy
         next_to = [c for c in measures if c.startswith(f"{cell['column']} ")]
-        print(line(cell, digits, [f"{c.rpartition(' ')[2]} {measures[c]:.{digits}f}" for c in next_to]))
+        print(line(cell, wide, form, [f"{c.rpartition(' ')[2]} {measures[c]:{form}}" for c in next_to]))
     rounds, seconds, sent = (max(getattr(r, field) for r in results) for field in ("rounds", "seconds", "sent"))
-    print(f"{'':22}{rounds} rounds, {seconds:.1f} s, {sent:,} bytes sent by the clients in a run")
+    print(f"{'':32}{rounds} rounds, {seconds:.1f} s, {sent:,} bytes sent by the clients in a run")
     for note in dict.fromkeys(note for result in results for note in result.notes):
-        print(f"{'':22}{note}")
+        print(f"{'':32}{note}")
     sys.stdout.flush()
     return cells
 

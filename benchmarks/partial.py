@@ -6,8 +6,8 @@
 10 of 100 clients in a round, softmax regression, lr 0.1, 5 epochs, batch 10; the settings were fixed before the first
 run. A cell is the median over seeds of the accuracy on all held-out rows after the last round. It is marked if it is
 more than one point below federated averaging. |c| is the norm of SCAFFOLD's control variate at the end, the largest
-over seeds. `--out` appends each result to a file and skips the results that the file has. `--json` prints one object on the
-last line: {"rows": [{"set", "split", "method", "accuracy", "seeds", "ok"}]}.
+over seeds. `--out` appends each result to a file and skips the results that the file has. `--json` prints one object on
+the last line: {"rows": [{"set", "split", "method", "accuracy", "seeds", "ok"}]}.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from atoll.plan.protocols import Correction
 from atoll.runs.events import Run
 from atoll.training.stop import Target
 
+from . import absent
 from .rows import NONE, Cell, Means, Result, Row, Table, missing, trained
 
 Runner = Callable[[int, int | None, Path | None], Result]
@@ -92,7 +93,7 @@ def niid() -> Table:
             within = None if split == "labels2" else 0.7
             cell = Cell(*_BEST[split][method], within)
             rows[f"{split}-{method}"] = Row(_niid(partition, corrections), {"best": cell})
-    return Table(rows, digits=2, remarks=_niid_remarks)
+    return Table(rows, form=".2f", remarks=_niid_remarks)
 
 
 # 2. The FedAvg paper: 10 of 100 clients
@@ -134,7 +135,7 @@ def mcmahan() -> Table:
             "cnn-e1-shards": Row(_mcmahan("mcmahan-cnn", Shards(), 1, 0.99, 700), {"rounds": Cell(350)}),
             "cnn-e5-shards": Row(_mcmahan("mcmahan-cnn", Shards(), 5, 0.99, 460), {"rounds": Cell(229)}),
         },
-        digits=1,
+        form=".1f",
     )
 
 
@@ -168,12 +169,13 @@ def _partial(correction: Correction | None) -> Runner:
 
 
 def scaffold() -> Table:
-    """MNIST, 10 of 100 clients, 100 rounds of 10 epochs: FedAvg and SCAFFOLD, accuracy in percent and |c|."""
+    """MNIST, 10 of 100 clients, 100 rounds of 10 epochs: FedAvg and SCAFFOLD, accuracy in percent and |c|; CIFAR-10."""
     rows = {
         "mnist-fedavg": Row(_partial(None), {"accuracy": Cell(95.4)}),
         "mnist-scaffold": Row(_partial(Scaffold()), {"accuracy": Cell(97.1), "|c|": Cell(0.09)}),
+        **absent.niid_bench(),
     }
-    return Table(rows, digits=2, remarks=_scaffold_remarks)
+    return Table(rows, form=".2f", remarks=_scaffold_remarks)
 
 
 def _scaffold_remarks(means: Means) -> list[str]:
@@ -283,4 +285,4 @@ def personal() -> Table:
         for method in _PERSONAL:
             if method != "calibrated" or split == "dirichlet":
                 rows[f"{split}-{method}"] = Row(_personal(partition, method), cells.get(method, {}))
-    return Table(rows, digits=2, remarks=_personal_remarks)
+    return Table(rows, form=".2f", remarks=_personal_remarks)

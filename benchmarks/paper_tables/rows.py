@@ -25,7 +25,7 @@ class Cell:
     """A published value, and the distance that ours may have from it.
 
     Args:
-        published: the value; NaN for none.
+        published: the value; NaN for none, then the distance is that from 0.
         sd: its published deviation; NaN for none.
         within: the allowed distance; None: the values stand next to each other without a demand.
         side: "both"; "least": ours may also be larger; "most": ours may also be smaller.
@@ -40,7 +40,7 @@ class Cell:
         """Whether our value is within the distance; None without a demand."""
         if self.within is None:
             return None
-        apart = ours - self.published
+        apart = ours - (0.0 if missing(self.published) else self.published)
         return {"both": abs(apart), "least": -apart, "most": apart}[self.side] <= self.within
 
 
@@ -92,13 +92,13 @@ class Table:
     Args:
         rows: its methods by name.
         seeds: the default of `--seeds`.
-        digits: decimals of a value.
+        form: the format of a value.
         remarks: (mean of each row and column) → sentences below the table.
     """
 
     rows: Mapping[str, Row]
     seeds: str = "42"
-    digits: int = 3
+    form: str = ".3f"
     remarks: Callable[[Means], list[str]] = _no_remarks
 
 
