@@ -2,9 +2,12 @@
 
     python benchmarks/net.py                    all workloads, about five minutes
     python benchmarks/net.py null bulk --quick  fewer rounds, clients and numbers
+    python benchmarks/net.py null --flower ENV/bin/python     and Flower: an environment with flwr and NumPy
 
     null    rounds of ten client processes, each committed: without `step` (1,000 floats) and bare asyncio TLS frames
-            of the same bytes, and `atoll serve` with ten `atoll join` (softmax, 650 floats) and bare echoes
+            of the same bytes, and `atoll serve` with ten `atoll join` (softmax, 650 floats) and bare echoes; with
+            --flower also two clients of each, by turns
+    envelope  the bytes of TCP connections of `atoll serve` and `atoll join`, and the counted bytes of their messages
     bulk    a model of 10 M floats and 4 clients: down, up, hash, check and fold and the same bytes over blocking TLS
             sockets, and the commit and a plain write and fsync of its bytes
     idle    1,000 connected clients: memory for each, CPU of the idle server, seconds until all are back after a restart
@@ -17,16 +20,22 @@ Each server and each client process reports its own CPU time. Clients without tr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
+import queue
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.util import find_spec
+from functools import partial
 from itertools import pairwise
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 import net_servers as servers
 from net_load import Load, enrol, serve_load
 
+from atoll import models
 from atoll.data import load
 from atoll.net import identity
 from atoll.net.home import ServerHome
@@ -42,6 +52,9 @@ from atoll.net.join import join_federation
 FORK = multiprocessing.get_context("fork")
 MIB = 1 << 20
 HEAD = 20  # the bytes of a message of `Gradient` before its update: its sums and the weight
+
+
+SOFTMAX = {"model": "softmax", "recipe": "fedsgd(lr=0.1)", "plan.local": "Gradient(batch=10)", "numerics": "fused"}
 
 
 class Child:
@@ -163,33 +176,15 @@ def echo_block(bare: Child, echoes: Sequence[Child], rounds: int) -> tuple[list[
 def null_step(folder: Path, quick: bool) -> None:
     """`atoll serve` and ten `atoll join` with a real step."""
     clients, rounds, block = 10, (60 if quick else 300), (20 if quick else 50)
-    load("digits").split(clients)  # its libraries are loaded once, before the processes begin
-    home = folder / "served"
-    at = ServerHome.open(home)
-    at.close()
-    settings = {"clients": str(clients), "model": "softmax", "recipe": "fedsgd(lr=0.1)",
-                "plan.local": "Gradient(batch=10)", "numerics": "fused", "rounds": str(rounds)}  # fmt: skip
-    server = Child(servers.real, home, settings, block, {})
-    server.receive()
-    at = ServerHome.open(home, serve=False)
-    tokens = [at.invite(f"site-{i}", None, None, 1).text() for i in range(clients)]
-    at.close()
-    joined = [
-        FORK.Process(target=joins, args=(token, folder / f"site-{i}"), daemon=True) for i, token in enumerate(tokens)
-    ]
-    for process in joined:
-        process.start()
+    server, joined = served(folder, clients, SOFTMAX | {"rounds": str(rounds)}, block)
     other = folder / "other"
     other.mkdir()
     _, places = prepared(other, clients)
     bare, echoes = bare_echoes(other, places, 2600, 2600)
     ours, theirs, cpu, seen = [], [], [], 0.0
     while len(ours) < rounds - rounds // block:
-        found = server.receive()
-        if "moments" not in found:
-            continue
-        moments = found["moments"][len(found["moments"]) - block :]
-        ours += [b - a for a, b in pairwise(moments)]
+        found = next_round(server)
+        ours += within(found["moments"], block)
         cpu.append((found["cpu"] - seen) / block)
         seconds, _ = echo_block(bare, echoes, block)
         theirs += seconds
@@ -204,19 +199,126 @@ def null_step(folder: Path, quick: bool) -> None:
     show("round, p50 and p99", f"{ms(ours):.2f} {ms(ours, 0.99):.2f} ms", "at most 15 and 60 ms")
     show("bare TLS echo of 2,600 bytes, p50", f"{ms(theirs):.2f} ms")
     show("round / bare echo, p50", f"{ms(ours) / ms(theirs):.2f}", "at most 8 on a loaded machine")
-    show(
-        "CPU of the server for a round, median of blocks",
-        f"{1e3 * statistics.median(cpu[1:] or cpu):.2f} ms",
-        "at most 8 ms",
-    )
-    missing = find_spec("flwr") is None
-    show("Flower", "not installed: no comparison" if missing else "installed: run its own null round")
+    spent = f"{1e3 * statistics.median(cpu[1:] or cpu):.2f} ms"
+    show("CPU of the server for a round, median of blocks", spent, "at most 8 ms")
+
+
+def null_flower(folder: Path, quick: bool, python: str) -> None:
+    """Two `atoll join` and two SuperNodes of Flower, by turns. Flower has no TLS here and commits nothing to a disk."""
+    clients, turns, block = 2, (2 if quick else 5), 20
+    server, joined = served(folder, clients, SOFTMAX | {"rounds": str(block * (turns + 2))}, block)
+    peer = Path(__file__).parent / "peers" / "flower_network_peer.py"
+    (folder / "flower").mkdir()
+    with Listener(str(folder / "link"), "AF_UNIX") as listener, (folder / "flower.log").open("w") as log:
+        words = [python, peer, folder / "flower", folder / "link", str(clients), "650"]
+        flower = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+        try:
+            link = connected(listener, flower, folder / "flower.log")
+            link.recv()
+            ours, theirs = [], []
+            next_round(server)  # the connections and the processes of both are warm from here on
+            link.send("go"), link.recv()
+            for _ in range(turns):
+                server.pipe.send("go")
+                ours += within(next_round(server)["moments"], block)
+                link.send("go")
+                theirs.append(link.recv())
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(flower.pid, signal.SIGKILL)
+    server.pipe.send("stop")
+    for process in joined:
+        process.kill()
+    server.process.join(20)
+    print(f"null: {clients} clients of atoll and of Flower on loopback, 650 floats, by turns")
+    show("round of `atoll serve` (TLS, step, commit), p50", f"{ms(ours):.2f} ms")
+    show(f"round of Flower (no TLS, in memory), p50 of {turns}", f"{ms(theirs):.0f} ms")
+    show("Flower / ours", f"{ms(theirs) / ms(ours):.0f}")
+
+
+def connected(listener: Listener, peer: subprocess.Popen[bytes], log: Path) -> Connection:
+    """The connection of a peer that has two minutes to start."""
+    accepted: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+    threading.Thread(target=lambda: accepted.put(listener.accept()), daemon=True).start()
+    for _ in range(240):
+        with contextlib.suppress(queue.Empty):
+            return accepted.get(timeout=0.5)
+        if peer.poll() is not None:
+            break
+    raise RuntimeError(f"the peer has not started:\n{log.read_text()[-4000:]}")
+
+
+def within(moments: Sequence[float], block: int) -> list[float]:
+    """The seconds of the rounds of the last block, without the pause before it."""
+    last = moments[len(moments) - block :]
+    return [b - a for a, b in pairwise(last)]
+
+
+def served(
+    folder: Path,
+    clients: int,
+    settings: dict[str, str],
+    block: int,
+    through: Callable[[str], str] = str,
+) -> tuple[Child, list[Any]]:
+    """`atoll serve`, and a process of `atoll join` for each client, which dials the address through a function."""
+    load("digits").split(clients)  # its libraries are loaded once, before the processes begin
+    home = folder / "served"
+    ServerHome.open(home).close()
+    server = Child(servers.real, home, {"clients": str(clients), **settings}, block, {})
+    address = through(server.receive())
+    at = ServerHome.open(home, serve=False)
+    tokens = [at.invite(f"site-{i}", address, None, 1).text() for i in range(clients)]
+    at.close()
+    joined = [
+        FORK.Process(target=joins, args=(token, folder / f"site-{i}"), daemon=True) for i, token in enumerate(tokens)
+    ]
+    for process in joined:
+        process.start()
+    return server, joined
 
 
 def joins(token: str, home: Path) -> None:
     """`atoll join` in a process."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
-    join_federation(token, home, "digits", seat=True, once=True)
+    join_federation(token, home, "digits", seat=True, once=True, own={"wide": models.factory("net_model:wide")})
+
+
+# envelope
+
+
+def envelope(folder: Path, quick: bool) -> None:
+    """Messages of 100 KiB, and the bytes that cross the connections: TCP segments without their headers."""
+    clients, rounds, block = 4, (10 if quick else 40), 5
+    settings = SOFTMAX | {"model": wide(25_600, clients, 0)[0]["model"], "rounds": str(rounds + block)}
+    forward: list[Child] = []
+
+    def through(address: str) -> str:
+        forward.append(Child(servers.forward, address))
+        return str(forward[0].receive())
+
+    server, joined = served(folder, clients, settings, block, through)
+    counted, seen = {"up": 0, "down": 0}, 0
+    next_round(server)
+    began = forward[0].ask("count")
+    while seen < rounds:
+        server.pipe.send("go")
+        found = next_round(server)
+        counted = {way: counted[way] + found["bytes"][way] for way in counted}
+        seen += block
+    crossed = {way: n - began[way] for way, n in forward[0].ask("count").items()}
+    server.pipe.send("stop")
+    for process in joined:
+        process.kill()
+    forward[0].stop()
+    server.process.join(20)
+    print(f"envelope: {clients} clients, messages of 100 KiB, {rounds} rounds of `atoll serve`")
+    for way in ("up", "down"):
+        show(
+            f"counted and crossed bytes of a message, {way}",
+            f"{counted[way] / rounds / clients:,.0f} {crossed[way] / rounds / clients:,.0f}",
+        )
+        show(f"envelope and TLS, {way}", f"{100 * (crossed[way] / counted[way] - 1):.2f} %", "at most 3 %")
 
 
 # bulk
@@ -415,19 +517,23 @@ def rss_of(pid: int | None) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-WORKLOADS = {"null": (null, null_step), "bulk": (bulk,), "idle": (idle,), "ingest": (ingest,)}
+WORKLOADS = {"null": (null, null_step), "envelope": (envelope,), "bulk": (bulk,), "idle": (idle,), "ingest": (ingest,)}
 
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("workloads", nargs="*", help=f"of {', '.join(WORKLOADS)}; default: all")
     ask.add_argument("--quick", action="store_true", help="fewer rounds, clients and numbers")
+    ask.add_argument("--flower", metavar="PYTHON", help="the Python of an environment with flwr, for `null`")
     given = ask.parse_args()
     unknown = set(given.workloads) - set(WORKLOADS)
     if unknown:
         ask.error(f"unknown workload {', '.join(sorted(unknown))}; one of {', '.join(WORKLOADS)}")
     for name in given.workloads or WORKLOADS:
-        for number, function in enumerate(WORKLOADS[name]):
+        functions = list(WORKLOADS[name])
+        if name == "null" and given.flower:
+            functions.append(partial(null_flower, python=given.flower))
+        for number, function in enumerate(functions):
             with tempfile.TemporaryDirectory() as folder:
                 place = Path(folder) / str(number)
                 place.mkdir()

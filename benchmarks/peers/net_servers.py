@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import ssl
 import time
@@ -126,6 +127,7 @@ def real(pipe: Any, home: Path, settings: dict[str, str], block: int, spec: dict
     commits: list[float] = []
     moments: list[float] = []
     lag: list[Lag] = []
+    counted = {"up": 0, "down": 0}  # bytes of messages since the last pause
     folded = [0]
 
     def timed(function: Any, into: list[float]) -> Any:
@@ -151,10 +153,13 @@ def real(pipe: Any, home: Path, settings: dict[str, str], block: int, spec: dict
             pipe.send({"present": folded[0]})
         elif facts["event"] == "round":
             moments.append(time.perf_counter())
+            counted["up"], counted["down"] = counted["up"] + facts["bytes_up"], counted["down"] + facts["bytes_down"]
             if (facts["round"] + 1) % block == 0:
                 late = sorted(lag[0].seconds) or [0.0]
                 pipe.send({**usage(), "gathers": list(gathers), "commits": list(commits), "moments": list(moments),
-                           "lag": late[int(0.99 * (len(late) - 1))], "arrived": facts["arrived"]})  # fmt: skip
+                           "lag": late[int(0.99 * (len(late) - 1))], "arrived": facts["arrived"],
+                           "bytes": dict(counted)})  # fmt: skip
+                counted.update(up=0, down=0)
                 if pipe.recv() == "stop":
                     os._exit(0)
                 reset_peak()
@@ -169,6 +174,34 @@ def real(pipe: Any, home: Path, settings: dict[str, str], block: int, spec: dict
     torch.set_num_threads(1)
     experiment = Experiment().with_settings({"data": "digits", "report": "false", "evaluate_every": "0", **settings})
     serve_run(experiment, Server(str(home), drain=2.0, **spec), notify=notify)
+
+
+def forward(pipe: Any, address: str) -> None:
+    """Pass connections on to an address. The command count returns the bytes in each direction."""
+    asyncio.run(_forward(pipe, address))
+
+
+async def _forward(pipe: Any, address: str) -> None:
+    count = {"up": 0, "down": 0}
+    host, _, port = address.rpartition(":")
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 18):
+                count[way] += len(data)
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def joined(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        theirs, ours = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(pump(reader, ours, "up"), pump(theirs, writer, "down"))
+
+    listener = await asyncio.start_server(joined, HOST, 0)
+    pipe.send("{}:{}".format(*listener.sockets[0].getsockname()))
+    while await asyncio.get_running_loop().run_in_executor(None, pipe.recv) == "count":
+        pipe.send(dict(count))
+    os._exit(0)
 
 
 def echo(pipe: Any, folder: Path, down: int, up: int) -> None:

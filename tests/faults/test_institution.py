@@ -1,14 +1,11 @@
 """Certificates of an institution in place of the authority of the federation, and connections through a proxy."""
 
 import asyncio
-import contextlib
-import socket
-import socketserver
-import threading
 
 import pytest
 import torch
 import trustme
+from proxy import Proxy
 from sites import Served, experiment, write_tables
 
 from atoll.base.errors import RunError, UsageError
@@ -39,55 +36,6 @@ def described(folder):
     given = csv(folder / "all.csv", target="ill", by="site").split().described()
     (folder / "input.json").write_bytes(given.encode())
     return str(folder / "input.json")
-
-
-class Proxy(socketserver.ThreadingTCPServer):
-    """A proxy with CONNECT. `asked` has the addresses for which it was asked."""
-
-    allow_reuse_address = daemon_threads = True
-
-    def __init__(self):
-        self.asked = []
-        super().__init__(("127.0.0.1", 0), Tunnel)
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
-
-
-class Tunnel(socketserver.BaseRequestHandler):
-    def handle(self):
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            if not (byte := self.request.recv(1)):
-                return
-            head += byte
-        method, address, _ = head.split(b" ", 2)
-        assert method == b"CONNECT"
-        self.server.asked.append(address.decode())
-        host, _, port = address.decode().rpartition(":")
-        with socket.create_connection((host, int(port))) as other:
-            self.request.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            back = threading.Thread(target=pump, args=(other, self.request), daemon=True)
-            back.start()
-            pump(self.request, other)
-            with contextlib.suppress(OSError):
-                other.shutdown(socket.SHUT_RDWR)
-            back.join()  # a socket that is closed while a thread reads it gives its number to another connection
-
-
-def pump(one, other):
-    """Pass bytes on until one side ends."""
-    try:
-        while data := one.recv(1 << 16):
-            other.sendall(data)
-        other.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass
 
 
 def test_an_institution_has_its_own_certificates(tmp_path):
@@ -135,6 +83,22 @@ def test_a_site_behind_a_proxy_enrols_and_works(tmp_path, monkeypatch):
         results = it.wait()
     assert results["north"] == 0 and len(results["server"].reports) == 2, results
     assert set(proxy.asked) == {it.address} and len(proxy.asked) >= 3  # enrolment, channel, blobs and uploads
+
+
+def test_a_proxy_that_refuses_is_an_error_and_one_without_a_way_is_tried_again(tmp_path, monkeypatch):
+    class Waits(Exception):
+        pass
+
+    def notify(facts):
+        raise Waits(facts["reason"])
+
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    token = identity.new_token(["server.example.org:4433"], bytes(32), "f", "north", 1 << 33).text()
+    for answer, error in (("407 Proxy Authentication Required", RunError), ("502 Bad Gateway", Waits)):
+        with Proxy(answer=answer) as proxy, pytest.raises(error, match=answer[:3]):
+            monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.server_address[1]}")
+            join_federation(token, tmp_path / "north", "digits", once=True, notify=notify)
 
 
 def test_three_files_make_an_identity(tmp_path):

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -486,12 +487,19 @@ def status(*, home: Home, as_json: Lines = False) -> int:
 def _table(facts: Mapping[str, Any]) -> str:
     from atoll.runs.summary import grid
 
-    lines = [f"{n:<12}{_shown(v)}" for n, v in facts.items() if not isinstance(v, (list, dict))]
+    lines = [f"{n:<12}{_dated(n, v)}" for n, v in facts.items() if not isinstance(v, (list, dict))]
     for name, value in facts.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             columns = list(value[0])
-            rows = [columns, *([_shown(row.get(c)) for c in columns] for row in value)]
+            rows = [columns, *([_dated(c, row.get(c)) for c in columns] for row in value)]
             lines += ["", name, *grid(rows)]
         elif isinstance(value, (list, dict)):
             lines.append(f"{name:<12}{json.dumps(value)}")
     return "\n".join(lines)
+
+
+def _dated(name: str, value: Any) -> str:
+    """A cell of a table for people: the moments of a status are seconds since 1970."""
+    if name in ("time", "seen") and isinstance(value, float):
+        return datetime.fromtimestamp(value, UTC).isoformat(sep=" ", timespec="seconds")
+    return _shown(value)

@@ -134,7 +134,9 @@ async def enrol(token: identity.Token, home: Path, notify: Notify, files: identi
                 return await _enrol_at(address, token, home, request, files)
             except aiohttp.ClientConnectorCertificateError as error:
                 raise _foreign(address, error) from error
-            except (aiohttp.ClientConnectionError, TimeoutError, OSError) as error:
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                if isinstance(error, aiohttp.ClientHttpProxyError) and error.status < 500:
+                    raise _no_way(address, error) from error
                 if "WRONG_VERSION_NUMBER" in str(error):
                     raise _without_tls(address, token.name) from error
                 notify({"event": "waiting", "address": address, "reason": _reason(error)})
@@ -695,8 +697,18 @@ def _plain(text: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return str(error.os_error)  # its own text has the address of a Python object
     text = str(error) or type(error).__name__
     return f"{type(error).__name__}: {text}" if not isinstance(error, aiohttp.ClientError) else text
+
+
+def _no_way(address: str, error: aiohttp.ClientHttpProxyError) -> RunError:
+    return RunError(
+        f"The proxy refuses the connection to {address}: {error.status} {error.message}.",
+        "a proxy that permits CONNECT to this address; if it asks for a user, http://USER:PASSWORD@HOST:PORT.",
+        "a proxy limits the addresses and ports.",
+    )
 
 
 def _without_tls(address: str, name: str) -> RunError:
