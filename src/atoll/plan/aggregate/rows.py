@@ -40,6 +40,7 @@ from atoll.plan.protocols import (
 from atoll.plan.schedule import NOTHING
 
 _MEMORY_PART = 0.5  # largest part of the free memory that the rows of a round may occupy as float64
+_LEAVE = 8  # blocks of columns that are read before their pages leave the memory
 _NUMBERS = ("client", "repeat", "rows", "weights")
 
 
@@ -133,12 +134,14 @@ class PartialRows(Partial):
     def columns(self, name: str) -> Iterator[Tensor]:
         """The rows of a mean in the order of (client, repeat), in blocks of columns `[n, ≤ BLOCK]`."""
         first, places = self.blocks[0][name], self.places()
-        for start in range(0, max(1, first.shape[1]), BLOCK):
+        for number, start in enumerate(range(0, max(1, first.shape[1]), BLOCK)):
             some = first.new_empty(len(self), min(BLOCK, first.shape[1] - start))
             for place, block in zip(places, self.blocks, strict=True):
                 some[place.to(some.device)] = block[name][:, start : start + BLOCK]
-            leave_memory(self.files)
+            if number % _LEAVE == _LEAVE - 1:
+                leave_memory(self.files)
             yield some
+        leave_memory(self.files)
 
 
 def row_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -153,12 +156,12 @@ def _joined(blocks: Sequence[Tensors], *, in_files: bool = False) -> tuple[dict[
     joined, files = dict[str, Tensor](), list[mmap.mmap]()
     for name, first in blocks[0].items():
         shape = (sum(len(block[name]) for block in blocks), *first.shape[1:])
+        rows = [block[name] for block in blocks]
         if in_files and first.is_cpu and name.startswith("means/") and prod(shape):
-            joined[name], pages = in_file(shape, first.dtype)
+            joined[name], pages = in_file(shape, first.dtype, rows)
             files.append(pages)
         else:
-            joined[name] = row_memory(shape, first.dtype, first.device)
-        torch.cat([block[name] for block in blocks], out=joined[name])
+            joined[name] = torch.cat(rows, out=row_memory(shape, first.dtype, first.device))
     leave_memory(files)
     return joined, files
 
