@@ -14,7 +14,7 @@ Every rule counts clients, not rows: a claimed number of rows has no influence. 
 | `FLTrust(client)` | all but the trusted client | by direction, relative to the trusted client |
 | `NormBound(r, rule)` | few | each row is scaled to the norm r |
 | `Bucketing(s, rule)` | as the rule, of n/s buckets | the rule on means of random buckets |
-| `Foundation(rule)` | as the rule, or more | the rule with synthetic updates of the server |
+| `Foundation(rule)` | as the rule, more or fewer | the rule with synthetic updates of the server |
 
 Tests: tests/identities/test_robust.py
 """
@@ -553,7 +553,8 @@ class Foundation(RowRule):
 
     max and min are the largest and the smallest value of each coordinate over the updates. Attackers who send extreme
     values lie near one of the two, so their part of the rows falls from f/n to f/((1 + share)n). An attacker whose
-    update is selected gains the copies: the rule then withstands fewer. Buffers are selected by themselves.
+    update is selected gains the copies: the rule then withstands fewer. This is so for updates that are large, but not
+    the extremes of most coordinates, such as those of `SignFlip`. Buffers are selected by themselves.
 
     Args:
         of: the rule for all rows: one of this module without knowledge of single clients.
