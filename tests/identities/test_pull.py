@@ -185,6 +185,7 @@ def test_blocks_of_lanes_change_no_bit(optimizer, each, monkeypatch):
     """A large step is finished for some lanes at a time. Of five lanes a block has two or three."""
     correction, words = Fixed(0.3, ("anchor", "shift"), each), {"dtype": torch.float32, "sizes": (9, 9, 8, 7, 7)}
     found = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for size in (1, 1 << 40):
         monkeypatch.setattr(limits, "STEP_BYTES", size)
         found.append(updated("fused", mlp, optimizer, correction, **words)[0].means["update"])

@@ -79,8 +79,10 @@ class Sink(NamedTuple):
 
 
 def _blocks_of_lanes(t: Tensor) -> Iterator[slice]:
-    """Blocks of at least two lanes, since a single lane rounds differently, of about `limits.STEP_BYTES`."""
-    count = max(1, min(len(t) // 2, t.nbytes // limits.STEP_BYTES))
+    """Blocks of at least two lanes for each thread, since a single lane rounds differently, and of about
+    `limits.STEP_BYTES` for each thread; one block on an accelerator."""
+    threads = torch.get_num_threads() if t.is_cpu else len(t)
+    count = max(1, min(len(t) // (2 * threads), t.nbytes // (limits.STEP_BYTES * threads)))
     return (slice(len(t) * j // count, len(t) * (j + 1) // count) for j in range(count))
 
 

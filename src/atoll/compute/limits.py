@@ -19,8 +19,8 @@ SERIAL_PRODUCTS = 1 << 21
 # Features that native code reads at once if the rows are not in memory. Case and machine: not recorded.
 NATIVE_READ_AHEAD = 1 << 22
 
-# Bytes of the lanes whose step is finished together, while they are in a cache, if the step has momentum or a pull.
-# Case: benchmarks/corrections.py. Machine: EPYC, with 512 KiB and 32 MiB of cache.
+# Bytes for each thread of the lanes whose step is finished together, while they are in a cache, if the step has
+# momentum or a pull. Case: benchmarks/corrections.py. Machine: EPYC, with 512 KiB and 32 MiB of cache.
 STEP_BYTES = 1 << 20
 
 # Numbers that are read at once for several steps of fused layers, lanes or loop. Case: benchmarks/simulation.py.
