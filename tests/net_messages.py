@@ -31,6 +31,7 @@ UP = {
     "Refusal session": wire.Refusal(WORK, "session", "few_survivors: 3 survivors."),
     "Refusal run": wire.Refusal(None, "input", "Column age\nis missing; größer"),
     "Leave": wire.Leave("stopped"),
+    "Members": wire.Members(HASH, (wire.Leaf("ward-1", None, 0), wire.Leaf("ward-2", 300, 75))),
 }
 DOWN = {
     "Welcome": wire.Welcome(4, 1_800_000_000, "2026-11-30-calm-bay", "hospitals", BLOB, None),
@@ -44,6 +45,8 @@ DOWN = {
     "Settled": wire.Settled((WORK, OTHER)),
     "Cancel": wire.Cancel(WORK),
     "Bye": wire.Bye("done", "Finished 10 rounds.", None, BLOB),
+    "Numbers": wire.Numbers((wire.Place("ward-1", 4), wire.Place("ward-2", wire.RELAYS)), 1),
+    "Gather": wire.Gather(work(), (wire.Start(4, 0), wire.Start(5, 1))),
     "Bye later": wire.Bye("draining", "", 5.0, None),
 }
 STEP = wire.StepMessage(WORK, 2, 100, b"shares")

@@ -692,3 +692,65 @@ def test_a_work_outside_the_rounds_is_settled_when_it_is_folded():
     s.do(co.Committed((id_of(1),)))
     s.assign(1, 3)
     assert of(s.update(1, 3, b"next", after=tail), co.Deliver)
+
+
+# Relays
+
+RELAY = wire.RELAYS
+LEAVES = (wire.Leaf("north", 10, 0), wire.Leaf("south", None, 0))
+STARTS = (wire.Start(0, 0), wire.Start(1, 0))
+
+
+def relay_joins(server, **hello):
+    fields = {"run": None, "settled": None, "prepared": (), **hello}
+    server.do(co.Joined(9, RELAY))
+    return server.say(9, wire.Hello(wire.PROTOCOL, VERSIONS, "", ("loop",), *fields.values()))
+
+
+def test_a_relay_names_its_clients_and_gets_one_work_for_them():
+    server = Server(memory=True)
+    relay_joins(server)
+    assert server.say(9, wire.Members(HASH, LEAVES)) == [co.Reported(RELAY, LEAVES)]
+    order = co.Assigned(RELAY, work(work=id_of(1)), 4, BIG, starts=STARTS)
+    assert not messages(server.do(order), wire.Gather)  # it has no numbers yet
+    numbers = wire.Numbers((wire.Place("north", 0), wire.Place("south", 1)), 1)
+    out = server.do(co.Numbered(RELAY, numbers))
+    assert messages(out, wire.Numbers) == [numbers]
+    (gather,) = messages(out, wire.Gather)
+    assert gather.starts == STARTS and gather.work.lease == server.lease(1)
+    assert of(server.update(9, 1), co.Deliver)[0].client == RELAY
+    assert receipts(server.do(co.Folded(id_of(1)))) == [(1, "received")]
+    server.do(co.Left(9))
+    settled = server.do(co.Committed((id_of(1),)))
+    assert not messages(settled, wire.Settled)
+    out = relay_joins(server, run="run", prepared=(id_of(1),))  # it asks again after a kill
+    assert messages(out, wire.Settled) == [wire.Settled((id_of(1),))]
+
+
+def test_relays_and_clients_keep_their_places():
+    server = Server()
+    relay_joins(server)
+    assert closes(server.say(9, wire.Ready(HASH, 10, 0))) == [("relay", None)]
+    server.join(2)
+    assert closes(server.say(2, wire.Members(HASH, LEAVES))) == [("relay", None)]
+    relay_joins(server)
+    assert closes(server.say(9, wire.Members(bytes(32), LEAVES))) == [("input", None)]
+    relay_joins(server)
+    assert closes(server.do(co.Dismissed(RELAY, "relay", "Median() with a relay."))) == [("relay", None)]
+    assert server.do(co.Numbered(RELAY, wire.Numbers((), 0))) == []  # it has left
+    below = Server()
+    below.it.below_relay = True
+    assert closes(below.do(co.Joined(1, RELAY + 3))) == [("relay", 1.0)]
+    assert not closes(below.join(3))
+
+
+def test_clients_return_to_the_memory_before_a_partial_that_is_not_used():
+    server = Server(memory=True)
+    server.join(1)
+    server.assign(1, 1)
+    server.fold(1, 1)
+    with pytest.raises(ValueError, match="after its contribution was folded"):
+        server.do(co.Withdrawn((id_of(1),)))
+    assert messages(server.do(co.Withdrawn((id_of(1),), undone=True)), wire.Cancel) == [wire.Cancel(id_of(1))]
+    server.assign(1, 2)
+    assert of(server.update(1, 2, after=None), co.Deliver)  # from the memory before

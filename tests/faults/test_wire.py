@@ -358,6 +358,12 @@ def test_the_page_lists_every_message_field_and_code():
         wire.Seat,
         wire.SumTerms,
         wire.WireKey,
+        wire.Leaf,
+        wire.Place,
+        wire.Start,
+        wire.Counted,
+        wire.Lost,
+        wire.PartialHead,
     ]
     for kind in structs:
         fields = re.findall(r"`(\w+)`", rows[kind.__name__].split(" | ")[0])

@@ -66,6 +66,15 @@ def _problem(plan, norm=True):
     return plan, task, data, state
 
 
+def test_one_client_sends_the_counter_of_a_normalisation():
+    plan, task, data, state = _problem(PLANS[0])
+    one = ids.select(torch.tensor([1]))
+    given = plan, task, data, state.broadcast, one, state.key(), state.memory.take(one.client)
+    form, (_, message, _) = MessageForm.of(plan, task), encode_contribution(*given)
+    assert any(t.stride(-1) == 0 for t in message.rest.counters.values())  # an expanded tensor
+    assert same(form.from_bytes(form.to_bytes(message)).rest.counters, message.rest.counters)
+
+
 @pytest.mark.parametrize("plan", one_in(2, PLANS), ids=repr)
 def test_bytes_give_the_same_contribution(plan):
     plan, task, data, state = _problem(plan)

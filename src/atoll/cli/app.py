@@ -59,6 +59,7 @@ for name, help in (
     ("serve", "Serve a run to clients on other machines. Without settings: continue the unfinished run of the home."),
     ("invite", "Print a token for each client, one a line."),
     ("join", "Take part in a federation."),
+    ("relay", "Serve clients, and send a server one sum over them."),
     ("status", "Show the clients and the open round of a server, or the state of a site."),
     ("verify", "Check the audit chain and all committed rounds of a server."),
     ("approve", "Approve the plan that waits at a site whose policy asks."),

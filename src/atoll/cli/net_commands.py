@@ -194,6 +194,17 @@ def _shown(value: Any) -> str:
     return escaped(f"{value:.6g}" if isinstance(value, float) else str(value))
 
 
+def _switch(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise UsageError(f"net.share = {text}.", "true or false.", write=Line(shell="--set net.share=false"))
+    return text == "true"
+
+
+_OF_RELAY = ("absent_s", "lease_s", "work_s", "max_rows")
+_OF_SERVER = (*_OF_RELAY, "step_s", "keys_s", "share")
+_KINDS: Mapping[str, Any] = {"max_rows": int, "share": _switch}
+
+
 def _split(flags: ExperimentFlags) -> tuple[dict[str, str], str | None, ExperimentFlags]:
     """The settings of the server, `--set net.NAME=VALUE`, the address for Prometheus, and the flags without them.
 
@@ -212,12 +223,8 @@ def _split(flags: ExperimentFlags) -> tuple[dict[str, str], str | None, Experime
     return pairs(net), addresses[0] if addresses else None, own
 
 
-def _net_settings(given: Mapping[str, str]) -> dict[str, Any]:
-    known: dict[str, Any] = {
-        **dict.fromkeys(("absent_s", "lease_s", "work_s", "step_s", "keys_s"), float),
-        "max_rows": int,
-    }
-    known["share"] = _switch
+def _net_settings(given: Mapping[str, str], names: tuple[str, ...] = _OF_SERVER) -> dict[str, Any]:
+    known: dict[str, Any] = {name: _KINDS.get(name, float) for name in names}
     out: dict[str, Any] = {}
     for key, text in given.items():
         name = key.removeprefix(NET)
@@ -228,12 +235,6 @@ def _net_settings(given: Mapping[str, str]) -> dict[str, Any]:
         except ValueError:
             raise UsageError(f"--set {key}={text}.", "a number.", write=Line(shell=f"--set {key}=60")) from None
     return out
-
-
-def _switch(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise UsageError(f"net.share = {text}.", "true or false.", write=Line(shell="--set net.share=false"))
-    return text == "true"
 
 
 def _size(text: str) -> int:
@@ -263,6 +264,10 @@ def invite(
     address: Annotated[str | None, flag(RUNNING, "HOST:PORT for sites. Default: the one listened on.")] = None,
     san: Annotated[str | None, flag(RUNNING, "Alternative name under your own authority: DNS:site.example.")] = None,
     days: Annotated[float, flag(RUNNING, "Days until the token expires. Default: 7.")] = 7.0,
+    relay: Annotated[
+        bool,
+        Parameter(group=GROUPS[RUNNING], negative="", show_default=False, help="The tokens are for `atoll relay`."),
+    ] = False,
     as_json: Lines = False,
 ) -> int:
     """Print a token for each client, one a line. A token is valid once; give it to the site in private.
@@ -282,7 +287,7 @@ def invite(
     at = ServerHome.open(Path(home), serve=False)
     try:
         for name in names:
-            token = at.invite(name, address, san, days)
+            token = at.invite(name, address, san, days, relay)
             if as_json:
                 expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(token.expires))
                 output.print_json({"name": name, "token": token.text(), "expires": expires})
@@ -291,6 +296,62 @@ def invite(
     finally:
         at.close()
     return 0
+
+
+def relay(
+    token: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    /,
+    *,
+    home: Home,
+    place: PlaceFlags = PlaceFlags(),
+    code: CodeFlags = CodeFlags(),
+    drain: Annotated[float, flag(RUNNING, "Seconds in which clients may leave at the end. Default: 30.")] = 30.0,
+    window: Annotated[str, flag(RUNNING, "Bytes of large messages in flight. Default: 256 MiB.")] = "256MiB",
+    settings: Annotated[list[str] | None, Parameter(name="--set", group=GROUPS[RUNNING],
+        help="net.NAME=VALUE, such as net.absent_s=60: how it waits for its clients.")] = None,
+    insecure: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
+        help="No TLS for its clients, for a rehearsal on the loopback interface.")] = False,
+    once: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
+        help="End with the run.")] = False,
+    as_json: Lines = False,
+) -> int:  # fmt: skip
+    """Serve clients, and send a server one sum over them. `atoll invite NAME --home HOME` makes their tokens.
+
+    Parameters
+    ----------
+    token
+        The token of `atoll invite --relay` at the server, the first time; - reads it from stdin.
+    """
+    from atoll.net.spec import Server, check_extra
+
+    check_extra()
+    from atoll.net.join import run_relay
+
+    _refuse_wildcard(place.listen)
+    given = pairs(list(settings or ()))
+    return run_relay(
+        _token(token, "relay"),
+        Server(
+            home,
+            place.listen,
+            tuple(place.name or ()),
+            window=_size(window),
+            drain=drain,
+            insecure=insecure,
+            **_net_settings(given, _OF_RELAY),
+        ),
+        own=_mapped("--model-as", code.model_as) | _mapped("--part", code.part),
+        once=once,
+        notify=Printer(as_json),
+    )
+
+
+def _token(text: str | None, command: str) -> str | None:
+    """The token on the command line, or on stdin."""
+    if text is not None and text[:1] == "-" != text:
+        required = "a token, - for a token on stdin, or an option of the command."
+        raise UsageError(f"Unknown option: {text}.", required, write=f"atoll {command} --help")
+    return sys.stdin.readline().strip() if text == "-" else text
 
 
 def join_command(
@@ -326,10 +387,7 @@ def join_command(
     from atoll.net.join import join_federation
     from atoll.net.policy import Policy
 
-    if token is not None and token[:1] == "-" != token:
-        required = "a token, - for a token on stdin, or an option of the command."
-        raise UsageError(f"Unknown option: {token}.", required, write="atoll join --help")
-    text = sys.stdin.readline().strip() if token == "-" else token
+    text = _token(token, "join")
     own = _mapped("--model-as", code.model_as) | _mapped("--part", code.part)
     limits = Policy() if policy is None else Policy.read(Path(policy))
     return join_federation(

@@ -276,6 +276,8 @@ class Client:
         self._dropped: set[bytes] = set()
         self._uploads: set[bytes] = set()  # works whose upload has begun
         self._wait: float | None = None
+        self._over = False  # whether the server has ended the run
+        self._post: Callable[[wire.Up], None] = _nothing
         self.sum: SiteSum | None = None  # the open session of a secure sum, which outlives a connection
 
     async def run(self) -> Ended:
@@ -334,6 +336,14 @@ class Client:
                 pem = identity.certificate_pem(x509.load_der_x509_certificate(body))
                 atomic_write(self.member.home / "certificate.pem", pem)
 
+    def post(self, message: wire.Up) -> None:
+        """Send a message from another thread than that of the loop. Without a connection it is lost."""
+        self._post(message)
+
+    def is_withdrawn(self, work: bytes) -> bool:
+        """Whether the server no longer waits for a work."""
+        return self._over or work in self._dropped
+
     async def compute(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function in the thread of the site."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
@@ -352,7 +362,8 @@ class _Channel:
         self.client, self.session, self.context, self.channel = client, session, context, channel
         self.site, self.notify = client.site, client.notify
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._failure: asyncio.Future[None] = self._loop.create_future()
         self._run: str | None = None
         self._leases: dict[bytes, wire.Lease] = {}
         self._answering = asyncio.Lock()
@@ -361,6 +372,7 @@ class _Channel:
     async def run(self) -> None:
         chain = self.site.chain
         prepared = tuple(one.work for one in chain.prepared)
+        self.client._over = False
         hello = wire.Hello(
             wire.PROTOCOL, own_versions(), platform.machine() or "unknown", BACKENDS, chain.run, chain.settled, prepared
         )
@@ -369,8 +381,14 @@ class _Channel:
         try:
             await self._failure
         finally:
+            self.client._post = _nothing
             for task in self._tasks:
                 task.cancel()
+
+    def _post(self, message: wire.Up) -> None:
+        """Send a message from another thread. Its loss is not noticed: the next connection begins with all facts."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(lambda: self._later(self._send(message)))
 
     async def _read(self) -> None:
         """Handle frames in their order. Nothing here waits for the thread of the site, so that pings are answered."""
@@ -397,6 +415,11 @@ class _Channel:
                 if message.sum is not None:
                     self._step_cap = wire.MAX_STEP
                 self._later(self._work(message))
+            case wire.Gather(work=work):
+                self._leases[work.work] = work.lease
+                self._later(self._work(work, message.starts))
+            case wire.Numbers():
+                self._later(compute(self.site.number, message))
             case wire.Receipt(work=work, code=code) if code not in ("received", "quota"):
                 self.notify({"event": "refused", "work": work.hex(), "code": code})
                 self._end_sum((work,))
@@ -412,7 +435,8 @@ class _Channel:
                 if not self._end_sum((work,)):  # the next attempt of a secure sum masks the same contribution
                     self.client._dropped.add(work)
                     self._later(compute(self.site.chain.drop, work))
-            case wire.Bye():
+            case wire.Bye(retry_s=retry, code=code):
+                self.client._over = code in ("done", "failed") or retry is None
                 self._later(self._bye(message))
             case _:
                 pass
@@ -448,6 +472,7 @@ class _Channel:
             return
         if self.client._terms is None or self.client._terms[0] != message.input.hash:
             self.client._terms = message.input.hash, await self._blob(message.input, MAX_TERMS)
+        self.client._post = self._post  # no message may come before the greeting
         try:
             enter = self.site.enter
             rows = await self.client.compute(enter, message.client, message.run, self.client._terms[1], message.seat)
@@ -459,14 +484,15 @@ class _Channel:
         if self.client.check:
             self.notify({"event": "check", **await self.client.compute(self.site.try_step)})
             raise Ended("done", "checked")
-        await self._send(wire.Ready(message.input.hash, *rows))
+        if rows is not None:
+            await self._send(wire.Ready(message.input.hash, *rows))
 
     async def _refuse(self, work: bytes | None, error: RefusedError) -> None:
         self.notify({"event": "refusal", "code": error.code, "reason": str(error)})
         code: Any = error.code
-        await self._send(wire.Refusal(work, code, _plain(error.public)))
+        await self._send(wire.Refusal(work, code, plain_text(error.public)))
 
-    async def _work(self, work: wire.Work) -> None:
+    async def _work(self, work: wire.Work, starts: tuple[wire.Start, ...] = ()) -> None:
         """Compute a piece of work and send the result."""
         member, client = self.client.member, self.client
         away = self.site.absence()
@@ -492,7 +518,7 @@ class _Channel:
 
         began = time.perf_counter()
         try:
-            one: Prepared = await client.compute(self.site.compute, work, model, fixed, on_step)
+            one: Prepared = await client.compute(self.site.compute, work, model, fixed, on_step, starts)
         except RefusedError as error:
             await self._refuse(work.work, error)
             return
@@ -500,6 +526,8 @@ class _Channel:
             client._dropped.discard(work.work)
             await client.compute(self.site.chain.drop, work.work)
             return
+        if starts and client._over:
+            return  # a relay has ended the gathering
         if work.sum is not None:
             return await self._take_part(work, model)
         await client.compute(self._noted, work, one.body, bool(one.memory))
@@ -691,7 +719,11 @@ def _keep_model(home: Path, run: str, data: bytes, terms: tuple[bytes, bytes] | 
     atomic_write(folder / "model.safetensors", data)
 
 
-def _plain(text: str) -> str:
+def _nothing(message: wire.Up) -> None:
+    """Send nothing: there is no connection."""
+
+
+def plain_text(text: str) -> str:
     """A text without control characters, at most 2,000 characters."""
     return "".join(c if c == "\n" or c.isprintable() else "?" for c in text)[:2000]
 

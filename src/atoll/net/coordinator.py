@@ -7,12 +7,12 @@ It is a state machine: it imports no I/O, reads no clock and starts no thread. A
 carries out the returned actions in order. Two threads send events:
 
     event loop        Joined Left Arrived Garbled · Offered UploadProgress Uploaded Aborted · Revoked Enrolled Tick
-    stepping thread   RunOpened Assigned Withdrawn Stepping · Folded Rejected · Committed Closing
+    stepping thread   RunOpened Assigned Withdrawn Stepping · Folded Rejected · Committed Closing · Numbered Dismissed
 
 and two threads carry out actions:
 
     event loop        Send Close · Grant Finish Discard · Drained
-    stepping thread   Deliver Stepped Failed Noted Forget Present Gone Refused
+    stepping thread   Deliver Stepped Failed Noted Forget Present Gone Refused Reported
 
 A contribution goes through these states. The stepping thread ends each work by `Committed`, `Withdrawn` or `Rejected`,
 or it learns the end by `Failed`.
@@ -56,15 +56,20 @@ from typing import Any, Literal, TypeAlias
 from msgspec.structs import replace
 
 from atoll.net.wire import (
+    RELAYS,
     Blob,
     Bye,
     ByeCode,
     Cancel,
     Down,
     FrameFault,
+    Gather,
     Hello,
+    Leaf,
     Lease,
     Leave,
+    Members,
+    Numbers,
     Progress,
     Ready,
     Receipt,
@@ -73,6 +78,7 @@ from atoll.net.wire import (
     Seat,
     Sent,
     Settled,
+    Start,
     StepMessage,
     Up,
     Update,
@@ -206,6 +212,7 @@ class Assigned:
         work: the work; its lease and deadline are set when it is sent.
         least, most: bounds of the length of its message, in bytes.
         deadline: the monotonic second at which the round closes without it; None: never.
+        starts: the clients of a relay for which the work is; empty: it is for the client itself.
     """
 
     client: int
@@ -213,13 +220,38 @@ class Assigned:
     least: int
     most: int
     deadline: float | None = None
+    starts: tuple[Start, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """These works are no longer wanted. None of them has been folded, except of a secure sum."""
+    """These works are no longer wanted. None of them has been folded, except of a secure sum.
+
+    Args:
+        works: the works.
+        undone: whether they may have been folded: the root does not use the partial of this relay. Then their clients
+            go back to the memory before them.
+    """
 
     works: tuple[bytes, ...]
+    undone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """The answer to `Reported`: the clients of a relay have these numbers in the run."""
+
+    client: int
+    numbers: Numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Dismissed:
+    """A client can take no part in this run."""
+
+    client: int
+    code: ByeCode
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +293,7 @@ class Closing:
 
 Event: TypeAlias = (
     Joined | Left | Arrived | Garbled | Offered | UploadProgress | Uploaded | Aborted | Revoked | Enrolled | Tick
-    | RunOpened | Assigned | Withdrawn | Stepping | Folded | Rejected | Committed | Closing
+    | RunOpened | Assigned | Withdrawn | Stepping | Folded | Rejected | Committed | Closing | Numbered | Dismissed
 )  # fmt: skip
 
 # 2. Actions
@@ -373,6 +405,14 @@ class Present:
 
 
 @dataclass(frozen=True, slots=True)
+class Reported:
+    """A relay has named its clients; `Numbered` or `Dismissed` answers."""
+
+    client: int
+    leaves: tuple[Leaf, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Gone:
     """A client can no longer do works."""
 
@@ -390,7 +430,7 @@ class Refused:
 
 Action: TypeAlias = (
     Send | Close | Grant | Finish | Discard | Drained
-    | Deliver | Stepped | Failed | Noted | Forget | Present | Gone | Refused
+    | Deliver | Stepped | Failed | Noted | Forget | Present | Gone | Refused | Reported
 )  # fmt: skip
 
 # 3. State
@@ -525,6 +565,7 @@ class Coordinator:
 
     def __init__(self, epoch: int, federation: str, versions: Versions, limits: Limits) -> None:
         self.epoch, self.federation, self.versions, self.limits = epoch, federation, versions, limits
+        self.below_relay = False  # whether the clients have their numbers from the root of this relay
         self.in_flight = 0
         self._counter = 0
         self._now = 0.0
@@ -547,11 +588,12 @@ class Coordinator:
             RunOpened: self._opened, Assigned: self._assigned,
             Withdrawn: self._withdrawn, Stepping: self._stepping,
             Folded: self._folded, Rejected: self._rejected, Committed: self._committed,
-            Closing: self._closing,
+            Closing: self._closing, Numbered: self._numbered, Dismissed: self._dismissed,
         }  # fmt: skip
         self._messages: Mapping[type[Any], Callable[[_Client, Any], None]] = {
             Ready: self._ready, Update: self._update, Sent: self._sent, Progress: self._progress,
             Refusal: self._refusal, Leave: self._leave, StepMessage: self._step,
+            Members: self._members,
         }  # fmt: skip
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -638,6 +680,8 @@ class Coordinator:
             c.tail = recent[-1][2] if recent and self._run.memory else None
 
     def _joined(self, event: Joined) -> None:
+        if self.below_relay and event.client >= RELAYS:
+            return self._out.append(Close(event.channel, Bye("relay", "The root has not numbered it yet.", 1.0, None)))
         c = self._client(event.client)
         if c.revoked:
             return self._out.append(Close(event.channel, Bye("revoked", "The certificate is revoked.", None, None)))
@@ -684,7 +728,7 @@ class Coordinator:
         if isinstance(message, Hello):
             if c.stage == "joined":
                 return self._greet(c, message)
-        elif c.stage == "ready" or (c.stage == "greeted" and isinstance(message, (Ready, Refusal, Leave))):
+        elif c.stage == "ready" or (c.stage == "greeted" and isinstance(message, (Ready, Members, Refusal, Leave))):
             return self._messages[type(message)](c, message)
         self._out.append(Noted(c.id, "order"))
         self._close(c, "order", f"{type(message).__name__} arrived too early or twice.", 60.0)
@@ -750,6 +794,8 @@ class Coordinator:
         if run is None or c.stage != "greeted" or c.hello is None:
             self._out.append(Noted(c.id, "order"))
             return self._close(c, "order", "Ready arrived too early or twice.", 60.0)
+        if c.id >= RELAYS:
+            return self._close(c, "relay", "This client was invited with --relay. Write: atoll relay", None)
         if message.input != run.input.hash:
             return self._close(c, "input", "The data was checked against another Input.", None)
         rows = (message.rows, message.held)
@@ -763,10 +809,37 @@ class Coordinator:
             return self._close(c, "rows", f"The client has {rows[0]} and {rows[1]} rows; it had {before}.", None)
         c.rows, c.stage, c.since, c.refused = rows, "ready", self._now, None
         self._out.append(Present(c.id, *rows, c.hello))
+        return self._offer_all(c)
+
+    def _members(self, c: _Client, message: Members) -> None:
+        run = self._run
+        if self._bye is not None or run is None:
+            return None  # sent before the end was known
+        if c.id < RELAYS:
+            return self._close(c, "relay", "This client was invited without --relay. Write: atoll join", None)
+        if message.input != run.input.hash:
+            return self._close(c, "input", "The clients of the relay have another Input.", None)
+        return self._out.append(Reported(c.id, message.leaves))
+
+    def _numbered(self, event: Numbered) -> None:
+        c = self._client(event.client)
+        if c.stage not in ("greeted", "ready") or c.hello is None:
+            return  # it has left, and reports again
+        self._send(c, event.numbers)
+        if c.stage == "greeted":
+            c.stage, c.since, c.refused = "ready", self._now, None
+            self._offer_all(c)
+
+    def _dismissed(self, event: Dismissed) -> None:
+        c = self._client(event.client)
+        if c.stage != "away":
+            self._close(c, event.code, event.reason, None)
+
+    def _offer_all(self, c: _Client) -> None:
+        """Send the open works of a client that has become ready."""
         for open in list(c.works.values()):
             if open.state in ("waiting", "leased", "expired"):
                 self._offer(c, open)
-        return None
 
     def _leave(self, c: _Client, message: Leave) -> None:
         self._left(Left(c.channel))
@@ -814,7 +887,8 @@ class Coordinator:
         self._renew(c, open)
         deadline = open.order.deadline
         left = None if deadline is None else max(0.0, deadline - self._now)
-        self._send(c, replace(open.order.work, lease=Lease(self.epoch, open.lease), deadline=left))
+        work = replace(open.order.work, lease=Lease(self.epoch, open.lease), deadline=left)
+        self._send(c, Gather(work, open.order.starts) if open.order.starts else work)
 
     def _renew(self, c: _Client, open: _Open) -> None:
         """Begin a lease, or extend it after a sign of life."""
@@ -896,7 +970,9 @@ class Coordinator:
                 continue  # it has failed meanwhile
             open = c.works[work]
             if open.state == "received" and not open.masked:
-                raise ValueError(f"work {work.hex()} is withdrawn after its contribution was folded")
+                if not event.undone:
+                    raise ValueError(f"work {work.hex()} is withdrawn after its contribution was folded")
+                c.tail = open.after
             self._send(c, Cancel(work))
             self._end_late(c, open)
             self._refuse_held(c)

@@ -32,24 +32,26 @@ from atoll.data.schema import Schema
 from atoll.engine.arrival_loop import ArrivalLoop, Landed
 from atoll.engine.chunk_limit import ChunkLimit
 from atoll.engine.chunks import gathered
-from atoll.engine.contribution import Fold, decode_contribution
+from atoll.engine.contribution import Fold
 from atoll.engine.protocols import Engine, RunOptions, SiteScores
 from atoll.net import coordinator as events
 from atoll.net import wire
-from atoll.net.client import own_versions
+from atoll.net.client import own_versions, plain_text
 from atoll.net.coordinator import Coordinator, Limits
 from atoll.net.home import ServerHome
 from atoll.net.identity import Files
 from atoll.net.loop import ended_at_exit
+from atoll.net.partial import PartialForm, Received, check_additive, read_messages
+from atoll.net.relays import Relays, RelayWork
 from atoll.net.secure import SumOutcome, SumRound, agreement_of
 from atoll.net.server import TOGETHER, Listener
 from atoll.net.spec import Server
 from atoll.net.store import Accepted
 from atoll.net.tensors import tensor_bytes
-from atoll.net.terms import Terms, layout_hash, plan_text
+from atoll.net.terms import Terms, bind_codecs, layout_hash, plan_text
 from atoll.plan.aggregate import Attacked, Mean
 from atoll.plan.codec.stage import Identity
-from atoll.plan.form import MessageError
+from atoll.plan.form import Buffer, MessageError
 from atoll.plan.in_flight import Flight
 from atoll.plan.local import Evaluate, Moments
 from atoll.plan.message import MessageForm
@@ -139,6 +141,7 @@ class ServerEngine(Engine):
         self._accepted: list[Accepted] = []
         self._folded: list[bytes] = []
         self._plan: tuple[Plan, str, MessageForm] | None = None
+        self._begun: Plan | None = None  # the plan of the run
         self._flying: set[int] = set()  # the numbers of the flights whose work was assigned
         self._landed: list[Landed] = []
         self._fold: Fold | None = None
@@ -154,6 +157,8 @@ class ServerEngine(Engine):
         self._net: Listener | None = None
         self._open = ExitStack()
         self._sums: SumRound | None = None  # the secure sum of the open round
+        self._relays = Relays()
+        self._memory = False  # whether the plan has client memory
         self._void = False  # `SumOutcome.void` of the open round
         self._summing = False  # whether its first attempt has begun
 
@@ -210,6 +215,8 @@ class ServerEngine(Engine):
             UsageError: a network cannot run the plan.
         """
         self._check(plan)
+        if any(client.id >= wire.RELAYS and client.state != "revoked" for client in self.home.database.clients()):
+            self._check_relays(plan)
         self.run = run
         self.net.step_cap = wire.MAX_STEP if plan.aggregator.secure is not None else 0
         database, terms = self.home.database, self._terms
@@ -222,9 +229,10 @@ class ServerEngine(Engine):
         self._populate()
         split, clients = self.spec.split, self.spec.clients
         seat = None if split is None or clients is None else wire.Seat(split, str(self.spec.seed), clients)
-        memory = bool(plan.memory(self.task))
-        recent = database.recent(run)
-        self.net.handle(events.RunOpened(run, blob, self.spec.clients is not None, memory, seat, recent, known))
+        self._memory, recent = bool(plan.memory(self.task)), database.recent(run)
+        self._begun = plan
+        self._relays = Relays.of(database.clients())
+        self.net.handle(events.RunOpened(run, blob, self.spec.clients is not None, self._memory, seat, recent, known))
 
     def check_start(self, plan: Plan, state: State) -> None:
         """Refuse a plan that a network cannot run."""
@@ -242,10 +250,10 @@ class ServerEngine(Engine):
             )
         self._check_sum(plan)
         self._check_kept(plan)
-        layout = plan.local.server_layout(self.layout)
-        MessageForm.of(_bound(plan, layout), self.task)
+        bound = bind_codecs(plan, self.layout)
+        MessageForm.of(bound, self.task)
         if plan.downlink != Identity():
-            _bound(plan, layout).downlink.form(layout)  # a codec without a form is refused
+            bound.downlink.form(plan.local.server_layout(self.layout))  # a codec without a form is refused
         self._check_own(plan)
         if not plan.local.own and _memory_reads_weights(plan, self.task):
             raise UsageError(
@@ -296,6 +304,65 @@ class ServerEngine(Engine):
                 "masked messages and a sum without its noise give no model of the run.",
                 Part("Mean()", "aggregator") if plan.aggregator.secure is not None else Part("Identity()", "codec"),
             )
+
+    def _check_relays(self, plan: Plan) -> None:
+        """Refuse a run that cannot have relays."""
+        check_additive(plan)
+        if self.spec.clients is None:
+            raise UsageError(
+                "A relay in an open run.",
+                "a closed run, whose clients are fixed.",
+                "a relay waits for each of its clients.",
+                Change("clients", 4),
+            )
+        if self.spec.keep_updates:
+            raise UsageError(
+                "--keep-updates with a relay.",
+                "a run without --keep-updates.",
+                "the server receives no single update of the clients of a relay.",
+                Line(shell="atoll serve"),
+            )
+        if self.population.clients and plan.sampler(self.population, 0, Key(0)).chance.dim():
+            raise UsageError(
+                f"{plan.sampler!r} with a relay.",
+                "a sampler that gives all clients the same chance.",
+                "a relay weighs its clients by their own rows, and unequal chances depend on the rows of all.",
+                Part("Everyone()", "cohort"),
+            )
+
+    def _reported(self, relay: int, leaves: tuple[wire.Leaf, ...]) -> None:
+        """Number the clients of a relay, and record their rows."""
+        database, names = self.home.database, [leaf.name for leaf in leaves]
+        try:
+            self._check_relays(required(self._begun, "plan"))
+            if len(set(names)) < len(names):
+                raise UsageError("A relay names a client twice.", "each client once.")
+            numbers = database.number_leaves(self._name(relay), names, self.spec.clients)
+            placed = [pair for pair in zip(numbers, leaves, strict=True) if pair[0] < wire.RELAYS]
+            for number, leaf in placed:
+                if leaf.rows is not None and (
+                    self._rows.get(number, leaf.rows) != leaf.rows or max(leaf.rows, leaf.held) > self.spec.max_rows
+                ):
+                    raise UsageError(
+                        f"Client {number} ({leaf.name}) has {leaf.rows} rows.",
+                        f"those with which it began the run, and at most {self.spec.max_rows}.",
+                    )
+        except UsageError as error:
+            self.notify({"event": "refused", "client": relay, "code": "relay", "reason": str(error)})
+            return self.net.handle(events.Dismissed(relay, "relay", plain_text(str(error))))
+        if len(placed) < len(leaves):
+            reason = (
+                f"The run has {self.spec.clients} clients, and no place for {len(leaves) - len(placed)} of this relay."
+            )
+            self.notify({"event": "refused", "client": relay, "code": "relay", "reason": reason})
+        for number, leaf in placed:
+            self._relays.of_leaf[number] = relay
+            if leaf.rows is not None and self._rows.get(number) != leaf.rows:
+                self._rows[number], self._held[number], self._new_rows = leaf.rows, leaf.held, True
+                database.record_rows(number, leaf.rows, leaf.held, self._hashes[0])
+                self.notify({"event": "present", "client": number, "rows": leaf.rows, "relay": relay})
+        places = tuple(wire.Place(leaf.name, number) for number, leaf in zip(numbers, leaves, strict=True))
+        return self.net.handle(events.Numbered(relay, wire.Numbers(places, int(self._memory))))
 
     def _check_sum(self, plan: Plan) -> None:
         """Refuse a secure sum that a network cannot form."""
@@ -356,6 +423,7 @@ class ServerEngine(Engine):
         """
         if self._plan is None or self._plan[0] is not plan:
             self._plan = plan, plan_text(plan), MessageForm.of(plan, self.task)
+        self._relays.check_kept(keep)
         self._fold = fold = Fold(plan, state.round, keep)
         self._state, self._key = state, key
         self._flying = {sent.flight.number for sent in self._assigned.values()}
@@ -379,7 +447,8 @@ class ServerEngine(Engine):
         needed += [delta for sent in self._assigned.values() for delta in sent.work.deltas]
         hashes = {blob.hash for blob in needed if isinstance(blob, wire.Blob)}
         self.net.keep_blobs(hashes | {known.hash for known in self._versions.values()} | {self._hashes[0]})
-        return gathered(plan, state, flown, fold.results, ChunkLimit(), keep)._replace(void=self._void)
+        found = gathered(plan, state, flown, fold.results, ChunkLimit(), keep)
+        return found._replace(void=self._void, notes=(*found.notes, *self._relays.take_note()))
 
     def _is_away(self, client: int) -> bool:
         """Whether a client of an open run cannot start now: it is absent, or its policy has refused this plan."""
@@ -451,14 +520,21 @@ class ServerEngine(Engine):
         text, form = plan_text(plan), MessageForm.of(plan, self.task)
         version = self._packed(model)
         self._answers, self._answered_bytes = {}, 0
-        for client in clients:
+        direct = [client for client in clients if client not in self._relays.of_leaf]
+        for client in direct:
             name = wire.work_id(self.run, kind, client, model.round, 0, text, version.hash)
             self._asked[name] = client, form, kind
             work = self._work(name, kind, rows, max(0, model.round - 1), model.round, 0, plan, text, key, version)
             self.net.handle(events.Assigned(client, work, form.shortest, form.longest))
+        for relay, starts in self._relays.split((client, 0) for client in clients).items():
+            name = wire.work_id(self.run, kind, relay, model.round, 0, text, version.hash)
+            start = max(0, model.round - 1), model.round, 0
+            work = self._work(wire.gather_id(name, starts), kind, rows, *start, plan, text, key, version)
+            self.net.handle(self._relays.ask(relay, work, starts, form))
         try:
-            while self._asked:
-                self.awaited = tuple(sorted(client for client, _, _ in self._asked.values()))
+            while self._asked or self._relays.open:
+                awaited = [client for client, _, _ in self._asked.values()]
+                self.awaited = tuple(sorted([*awaited, *self._relays.awaited]))
                 self._take(None)
         finally:
             self.awaited = ()
@@ -524,6 +600,9 @@ class ServerEngine(Engine):
         """Assign the work of a flight, before the next wait. The work of an earlier round may be assigned already."""
         if flight.number in self._flying:
             return
+        if flight.client in self._relays.of_leaf:
+            self._flying.add(flight.number)
+            return self._relays.flights.append(flight)
         plan, text, form = required(self._plan, "plan")
         state, version = self._state, self._version(flight.version)
         key = self._key if flight.version == state.round else state.key(flight.version)
@@ -535,6 +614,22 @@ class ServerEngine(Engine):
         deadline = plan.pace.deadline_s
         at = None if deadline is None or plan.pace.asynchronous else time.monotonic() + deadline
         self._starting.append(events.Assigned(flight.client, work, form.shortest, form.longest, at))
+
+    def _relay_works(self) -> list[events.Assigned]:
+        """The works of the flights below relays that begin together: one for each relay."""
+        flights = {(flight.client, flight.again): flight for flight in self._relays.flights}
+        self._relays.flights.clear()
+        if not flights:
+            return []
+        plan, text, form = required(self._plan, "plan")
+        state, version, out = self._state, self._version(self._state.round), []
+        for relay, starts in self._relays.split(flights).items():
+            name = wire.work_id(self.run, "round", relay, state.round, 0, text, version.hash)
+            start = state.round, state.round, 0
+            work = self._work(wire.gather_id(name, starts), "round", "train", *start, plan, text, self._key, version)
+            mine = {(one.client, one.repeat): flights[one.client, one.repeat] for one in starts}
+            out.append(self._relays.send(relay, work, starts, mine, PartialForm.of(plan, self.task, form)))
+        return out
 
     def _work(
         self,
@@ -703,12 +798,12 @@ class ServerEngine(Engine):
     def _withdraw(self) -> None:
         """Withdraw the works of the round that did not arrive before its end."""
         late: list[events.Rejected] = []
-        for action in _drained(self.net.inbox):
+        for action in drained(self.net.inbox):
             if isinstance(action, events.Deliver):
                 late.append(events.Rejected(action.work))
             else:
                 self._act(action)
-        works, self._assigned = tuple(self._assigned), {}
+        works, self._assigned = (*self._assigned, *self._relays.withdraw()), {}
         if works or late:  # a late message is not an invalid one
             self.net.handle(*([events.Withdrawn(works)] if works else ()), *late)
 
@@ -716,10 +811,11 @@ class ServerEngine(Engine):
 
     def _receive(self, left: float | None) -> list[Landed]:
         """Assign the works that have begun, wait for messages of clients, and fold all that have arrived."""
-        starting, self._starting = self._starting, []
+        starting, self._starting = [*self._starting, *self._relay_works()], []
         self.net.handle(*starting)
-        self.awaited = tuple(sorted(sent.flight.client for sent in self._assigned.values()))
-        self.net.awaits = len(self._assigned)
+        direct = [sent.flight.client for sent in self._assigned.values()]
+        self.awaited = tuple(sorted([*direct, *self._relays.awaited]))
+        self.net.awaits = len(self._assigned) + len(self._relays.open)
         try:
             self._take(left)
         finally:
@@ -750,11 +846,11 @@ class ServerEngine(Engine):
         Raises:
             queue.Empty: there was none until this time.
         """
-        arrived = _drained(self.net.inbox)
+        arrived = drained(self.net.inbox)
         if not arrived:
             with lend_generators():  # clients in other threads of this process compute meanwhile
                 arrived = [self.net.inbox.get(timeout=None if until is None else max(0.0, until - time.monotonic()))]
-                arrived += _drained(self.net.inbox)
+                arrived += drained(self.net.inbox)
         return arrived
 
     def _act(self, action: Any) -> None:
@@ -784,6 +880,8 @@ class ServerEngine(Engine):
                         "clients that take part in the run.",
                         "the run is closed, so it cannot go on without this client.",
                     )
+            case events.Reported(client=client, leaves=leaves):
+                self._reported(client, leaves)
             case events.Forget(client=client):
                 self.home.database.forget_memory(client)
             case events.Noted(client=client, code=code, work=work):
@@ -804,15 +902,30 @@ class ServerEngine(Engine):
         """Record a work that ended without a contribution."""
         self.notify({"event": "lost", "client": client, "work": work.hex(), "code": code, "reason": reason})
         if work in self._asked:
-            return self._unanswered(client, work, code, reason)
+            _, _, kind = self._asked.pop(work)
+            return self._unanswered(client, kind, code, reason)
+        if (gather := self._relays.open.pop(work, None)) is not None:
+            for start in gather.starts:
+                self._lost_below(gather, wire.Lost(start.client, start.repeat, code, reason))
+            return
         sent = self._assigned.pop(work, None)
         if sent is None or self._fold is None:
             return
-        flight = sent.flight
         if self._sums is not None and code == "session":
             return self._sums.lost(client, reason)  # another attempt may have a sum
         if self._sums is not None:
             self._sums.gone(client)
+        self._lost_flight(sent.flight, code, reason)
+
+    def _lost_below(self, gather: RelayWork, lost: wire.Lost) -> None:
+        """Record a client of a relay without a contribution."""
+        if gather.flights is None:
+            return self._unanswered(lost.client, gather.work.kind, lost.code, lost.reason)
+        return self._lost_flight(gather.flights[lost.client, lost.repeat], lost.code, lost.reason)
+
+    def _lost_flight(self, flight: Flight, code: str, reason: str) -> None:
+        """Record a flight that ended without a contribution."""
+        client, fold = flight.client, required(self._fold, "open round")
         if code in _ABSENT:
             self._landed.append(Landed(flight.number, "network", reason))
             return
@@ -823,18 +936,17 @@ class ServerEngine(Engine):
                 "the run is closed, so it cannot go on without this client.",
             )
         if code.startswith("policy-"):
-            self._refusing[client] = sent.work.plan
+            self._refusing[client] = required(self._plan, "plan")[1]
             self._landed.append(Landed(flight.number, "policy", f"{code}: {reason}"))
             return
-        stage = {"failed": "local", "length": "check", "revoked": "identity"}.get(code, "site")
-        self._fold.fail(client, flight.version, stage, reason if code == "failed" else f"{code}: {reason}")
+        stage = {"failed": "local", "length": "check", "check": "check", "revoked": "identity"}.get(code, "site")
+        fold.fail(client, flight.version, stage, reason if code in ("failed", "check") else f"{code}: {reason}")
         if code == "failed":
-            self._fold.results.errors.append(RuntimeError(reason))
+            fold.results.errors.append(RuntimeError(reason))
         self._landed.append(Landed(flight.number))
 
-    def _unanswered(self, client: int, work: bytes, code: str, reason: str) -> None:
+    def _unanswered(self, client: int, kind: wire.WorkKind, code: str, reason: str) -> None:
         """Record a work outside the rounds that ended without an answer."""
-        _, _, kind = self._asked.pop(work)
         self.notify({"event": "refused", "client": client, "code": code, "reason": reason})
         if code == "policy-values" and kind == "evaluate":
             self._held[client] = 0  # it is not asked again
@@ -847,18 +959,61 @@ class ServerEngine(Engine):
 
     def _answered(self, message: events.Deliver) -> None:
         """Read the answer to a work outside the rounds."""
-        client, form, kind = self._asked[message.work]
+        client, form, kind = self._asked.pop(message.work)
+        good = self._take_answer(client, form, kind, message.body)
+        self.net.handle((events.Folded if good else events.Rejected)(message.work))
+
+    def _take_answer(self, client: int, form: MessageForm, kind: wire.WorkKind, body: Buffer) -> bool:
+        """Read the sums of a client outside the rounds. Returns whether they are valid."""
         try:
-            rest = form.from_bytes([message.body]).rest
+            rest = form.from_bytes([body]).rest
             if kind == "moments" and int(rest.sums["rows"]) != self._rows[client]:
                 raise MessageError("The sums are of another number of rows.", "the rows of the client.")
         except MessageError as error:
-            self.net.handle(events.Rejected(message.work))
-            return self._unanswered(client, message.work, "invalid", error.given)
-        del self._asked[message.work]
+            self._unanswered(client, kind, "invalid", error.given)
+            return False
         self._answers[client] = rest.sums
-        self._answered_bytes += len(message.body)
-        self.net.handle(events.Folded(message.work))
+        self._answered_bytes += len(body)
+        return True
+
+    def _take_partial(self, message: events.Deliver) -> None:
+        """Check the contribution of a relay and put it into the results of its clients."""
+        gather = self._relays.open.pop(message.work)
+        try:
+            found = gather.read(message.body, self._rows, required(self._begun, "plan"))
+        except MessageError as error:
+            self.notify({"event": "lost", "client": message.client, "work": message.work.hex(), "code": "invalid",
+                         "reason": error.given})  # fmt: skip
+            for start in gather.starts:
+                code = "check" if gather.flights is not None else "invalid"
+                self._lost_below(gather, wire.Lost(start.client, start.repeat, code, error.given.rstrip(".")))
+            return self.net.handle(events.Rejected(message.work))
+        for lost in found.head.lost:
+            self._lost_below(gather, lost)
+        if gather.flights is None:
+            form = required(gather.answers, "form of the answers")
+            for one, body in zip(found.head.arrived, found.bodies, strict=True):
+                self._take_answer(one.client, form, gather.work.kind, body)
+            return self.net.handle(events.Folded(message.work))
+        self._merge_partial(gather, found, message)
+        return self.net.handle(events.Folded(message.work))
+
+    def _merge_partial(self, gather: RelayWork, found: Received, message: events.Deliver) -> None:
+        """Put the partial of a relay into the open round."""
+        flights, plan = required(gather.flights, "flights"), required(self._plan, "plan")[0]
+        landed = [flights[one.client, one.repeat] for one in found.head.arrived]
+        if landed:
+            results = required(self._fold, "open round").results
+            results.add(plan.aggregator, found.results(gather.work.version, plan, [f.down for f in landed]))
+        self._landed += [Landed(flight.number) for flight in landed]
+        self._folded.append(message.work)
+        start = gather.work.version, gather.work.repeat
+        self._accepted.append(Accepted(message.client, *start, message.work, message.after, message.digest, 0))
+        for one in found.head.arrived:
+            text, hash = gather.work.plan, self._version(gather.work.version).hash
+            name = wire.work_id(self.run, "round", one.client, gather.work.version, one.repeat, text, hash)
+            mine = one.client, gather.work.version, one.repeat
+            self._accepted.append(Accepted(*mine, name, None, message.digest, one.rows))
 
     def _fold_all(self, messages: list[events.Deliver]) -> None:
         """Check and fold messages: short ones of one version together."""
@@ -866,6 +1021,9 @@ class ServerEngine(Engine):
         for message in messages:
             if message.work in self._asked:
                 self._answered(message)
+                continue
+            if message.work in self._relays.open:
+                self._take_partial(message)
                 continue
             sent = self._assigned.get(message.work)
             if sent is None:
@@ -905,12 +1063,10 @@ class ServerEngine(Engine):
         plan, _, form = required(self._plan, "plan")
         fold = required(self._fold, "open round")
         flights = [self._assigned[message.work].flight for message in group]
-        decoded = decode_contribution(plan, form.from_bytes([message.body for message in group]))
         ids = Ids(torch.tensor([f.client for f in flights]), torch.tensor([f.again for f in flights]))
         rows = self.population.sizes[ids.client]
         rows = torch.ones_like(rows) if plan.releases else rows  # with noise a client does not send its rows
-        if not torch.equal(decoded.weight, rows):
-            raise MessageError("Message: the weight differs from the number of rows.", "the rows of the client.")
+        decoded = read_messages(plan, form, [message.body for message in group], rows)
         up = torch.tensor([len(message.body) for message in group])
         down = torch.tensor([flight.down for flight in flights])
         good, _ = fold.add(flights[0].version, ids, down, up, decoded)
@@ -953,7 +1109,7 @@ class ServerEngine(Engine):
         self.net.handle(events.Rejected(message.work))
 
 
-def _drained(inbox: queue.SimpleQueue[Any]) -> list[Any]:
+def drained(inbox: queue.SimpleQueue[Any]) -> list[Any]:
     """All actions that are in the inbox now."""
     found = []
     while True:
@@ -961,10 +1117,6 @@ def _drained(inbox: queue.SimpleQueue[Any]) -> list[Any]:
             found.append(inbox.get_nowait())
         except queue.Empty:
             return found
-
-
-def _bound(plan: Plan, layout: Layout) -> Plan:
-    return replace(plan, codec=plan.codec.bind(layout), downlink=plan.downlink.bind(layout))
 
 
 def _hex(work: bytes | None) -> str | None:

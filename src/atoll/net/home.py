@@ -20,7 +20,8 @@ from atoll.base.errors import UsageError
 from atoll.base.files import atomic_write
 from atoll.base.lines import Line
 from atoll.net import identity
-from atoll.net.store import Database, claim_home
+from atoll.net.store import Database, channels_of, claim_home
+from atoll.net.wire import MAX_LEAVES
 
 DAY = 86400
 MOST_ADDRESSES = 8  # of a token
@@ -66,6 +67,11 @@ class ServerHome:
             raise
         return cls(path, identity.Authority(database.federation, certificate, key), database, lock)
 
+    @property
+    def is_relay(self) -> bool:
+        """Whether this is the home of a relay, whose clients get their numbers from its root."""
+        return self.database.get("relay") is not None
+
     def verify(self) -> list[str]:
         """Check the audit chain and the committed rounds, and the final model of each run. One sentence a fault."""
         return self.database.verify()
@@ -80,16 +86,18 @@ class ServerHome:
             run, end = ended[-1].name, runs.last_end(ended[-1])
         rounds = 0 if run is None else len(self.database.metrics(run))
         stages = {c["client"]: c for c in live.get("clients", [])}
+        records = self.database.clients()
+        places = channels_of(records)
         clients = [
             {
                 "client": c.id,
                 "name": c.name,
                 "state": c.state,
                 "rows": c.rows,
-                "stage": stages.get(c.id, {}).get("stage", "away"),
-                "seen": stages.get(c.id, {}).get("seen"),
+                "stage": stages.get(places[c.id], {}).get("stage", "away"),
+                "seen": stages.get(places[c.id], {}).get("seen"),
             }
-            for c in self.database.clients()
+            for c in records
         ]
         return {
             "federation": self.database.federation,
@@ -159,7 +167,9 @@ class ServerHome:
             token = identity.new_token(addresses, *fixed)
         return token
 
-    def invite(self, name: str, address: str | None, san: str | None, days: float) -> identity.Token:
+    def invite(
+        self, name: str, address: str | None, san: str | None, days: float, relay: bool = False
+    ) -> identity.Token:
         """Make a token for a client.
 
         Args:
@@ -168,6 +178,7 @@ class ServerHome:
                 certificate.
             san: the alternative name of its certificate under an existing authority; None: atoll's own.
             days: the days until the token expires.
+            relay: whether the token is for a relay.
         Raises:
             UsageError: a name or the address is not valid, or the run has no further place.
         """
@@ -185,7 +196,13 @@ class ServerHome:
         expires = int(time.time() + days * DAY)
         token = self._token(known, name, expires)
         limit = None if clients is None else int(clients)
-        self.database.invite(name, identity.secret_hash(token.secret), expires, san, limit)
+        if relay and self.is_relay:
+            raise UsageError(
+                f"{self.path} is the home of a relay.", "the home of a server.", "no relay is below a relay."
+            )
+        if self.is_relay and len(self.database.clients()) >= MAX_LEAVES:
+            raise UsageError(f"The relay {self.path} has {MAX_LEAVES} clients.", "a further relay.")
+        self.database.invite(name, identity.secret_hash(token.secret), expires, san, limit, relay or self.is_relay)
         return token
 
 

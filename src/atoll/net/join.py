@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,18 @@ from atoll.data.named import NAMED
 from atoll.data.schema import Schema
 from atoll.data.site_rows import site_rows
 from atoll.net import identity, wire
-from atoll.net.client import Client, Ended, Membership, Notify, enrol
+from atoll.net.client import Client, Ended, Membership, Notify, enrol, pause
+from atoll.net.home import ServerHome
 from atoll.net.ledger import ledger_rows
 from atoll.net.loop import run_loop
 from atoll.net.policy import Policy
 from atoll.net.site import Loader, MemoryChain, Site
+from atoll.net.spec import Server
 from atoll.net.store import claim_home
 from atoll.net.terms import Own, RefusedError, Terms
 
 _RENEWED_BY_TOKEN = ("revoked", "behind")
+_AGAIN_S = 5.0  # between the end of a run and the next look of a relay
 
 
 def join_federation(
@@ -79,9 +83,54 @@ def join_federation(
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = claim_home(home)
     try:
-        return _run(_join(token, home, loader, device, own or {}, once, notify, policy, check, files))
+        make = partial(Site, home, loader, own or {}, resolve_device(device), policy)
+        return _run(_until_signal(_work(token, home, make, once, notify, check, files)))
     finally:
         lock.close()
+
+
+def run_relay(
+    token: str | None,
+    spec: Server,
+    *,
+    own: Own | None = None,
+    once: bool = False,
+    notify: Notify = lambda facts: None,
+) -> int:
+    """Serve clients, and take part in a federation as one member with their contributions.
+
+    Args:
+        token: the text of a token of `atoll invite --relay` at the root; None: the home is enrolled.
+        spec: the home of the relay, and how it serves its clients. Its membership at the root is in HOME/root.
+        own: code by the names that the run uses.
+        once: whether to end with the run.
+        notify: receives the events of the relay.
+    Returns:
+        The exit code: 0 the run is done, 1 it failed, 2 the root refuses this relay.
+    Raises:
+        UsageError: the home, the token or the address is not valid.
+        RunError: another certificate authority answers.
+    """
+    from atoll.net.relay import Relay
+
+    home = ServerHome.open(Path(spec.home))
+    try:
+        if home.database.get("run") is not None:
+            raise UsageError(f"{spec.home} is the home of a server.", "a home of its own for a relay.")
+        root = home.path / "root"
+        root.mkdir(mode=0o700, exist_ok=True)
+        home.database.put("relay", "1")
+        home.database.put("hosts", json.dumps(spec.hosts))
+        relay = Relay(home, root, spec, own or {}, notify)
+    except BaseException:
+        home.close()
+        raise
+    try:
+        notify({"event": "listening", "address": relay.start(), "home": str(home.path)})
+        return _run(_until_signal(_pass_on(token, root, relay, once, notify)))
+    finally:
+        relay.finish("draining", "The relay stops.", 1.0)
+        relay.close()
 
 
 def _run(work: Coroutine[Any, Any, int]) -> int:
@@ -94,34 +143,48 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
         return pool.submit(run_loop, work).result()
 
 
-async def _join(
+async def _work(
     token: str | None,
     home: Path,
-    load: Loader,
-    device: str,
-    own: Own,
+    make: Callable[[], Site],
     once: bool,
     notify: Notify,
-    policy: Policy,
     check: bool,
     files: identity.Files | None,
 ) -> int:
+    """Work as a site."""
+    member = await _member(token, home, notify, files)
+    return _exit_code(await Client(member, make(), notify, once, check).run(), member)
+
+
+async def _pass_on(token: str | None, home: Path, relay: Any, once: bool, notify: Notify) -> int:
+    """Work as a relay: each end of a run at the root is the end of the run for its clients."""
+    member = await _member(token, home, notify, None)
+    while True:
+        client = Client(member, relay, notify, once=True)
+        relay.post, relay.is_withdrawn = client.post, client.is_withdrawn
+        ended = await client.run()
+        await asyncio.get_running_loop().run_in_executor(None, relay.finish, ended.code, ended.reason)
+        if once or ended.code not in ("done", "failed"):
+            return _exit_code(ended, member)
+        await pause(_AGAIN_S)
+
+
+async def _until_signal(work: Coroutine[Any, Any, int]) -> int:
+    """The result of a coroutine, or 130 if a signal ends it."""
     task = required(asyncio.current_task(), "task")
     signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
     before = [signal.getsignal(number) for number in signals]
     for number in signals:
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
-        member = await _member(token, home, notify, files)
-        site = Site(home, load, own, resolve_device(device), policy)
-        ended = await Client(member, site, notify, once, check).run()
+        return await work
     except asyncio.CancelledError:
         return 130
     finally:
         for number, handler in zip(signals, before, strict=True):  # a program that calls atoll.join keeps its own
             asyncio.get_running_loop().remove_signal_handler(number)
             signal.signal(number, handler or signal.SIG_DFL)
-    return _exit_code(ended, member)
 
 
 def _exit_code(ended: Ended, member: Membership) -> int:

@@ -45,7 +45,7 @@ from atoll.net import coordinator as events
 from atoll.net import identity, systemd, wire
 from atoll.net.coordinator import Coordinator
 from atoll.net.loop import run_loop
-from atoll.net.store import ClientRecord, Database, DeniedError
+from atoll.net.store import ClientRecord, Database, DeniedError, channels_of
 
 PING_S = 20.0
 MAX_TRIES = 10  # failed enrolments of one address in a minute
@@ -443,9 +443,12 @@ class Listener:
         with self._lock:
             clients = self.coordinator.status()
         names = {record.id: record.name for record in self._directory.clients}
+        places = channels_of(self._directory.clients)
         stages: dict[int, str] = {c.client: c.stage for c in clients}
         awaited, step = list(self.awaited()), self.step()
-        each = ", ".join(f"{names.get(i, str(i))} ({_STAGES[stages.get(i, 'away')]})" for i in awaited[:20])
+        each = ", ".join(
+            f"{names.get(i, str(i))} ({_STAGES[stages.get(places.get(i, i), 'away')]})" for i in awaited[:20]
+        )
         facts = {
             "time": time.time(),
             "awaited": awaited,

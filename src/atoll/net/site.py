@@ -40,7 +40,6 @@ from atoll.base.files import atomic_write
 from atoll.base.random import Key, user_modes
 from atoll.base.validation import required
 from atoll.compute.batches import OnStep
-from atoll.compute.layout import Layout
 from atoll.compute.model_state import Model, split_of
 from atoll.compute.task import Task
 from atoll.data.clients import Clients
@@ -53,8 +52,20 @@ from atoll.net.ledger import SiteLedger
 from atoll.net.policy import Policy, contribution_name
 from atoll.net.secure import SiteSum, agreement_of
 from atoll.net.tensors import tensor_bytes
-from atoll.net.terms import Own, RefusedError, Terms, layout_hash, read_plan
-from atoll.net.wire import Blob, FrameError, LeaveCode, Seat, Work, chain_link, digest, tensor_table, work_id
+from atoll.net.terms import Own, RefusedError, Terms, bind_codecs, layout_hash, read_plan
+from atoll.net.wire import (
+    Blob,
+    FrameError,
+    LeaveCode,
+    Numbers,
+    Seat,
+    Start,
+    Work,
+    chain_link,
+    digest,
+    tensor_table,
+    work_id,
+)
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec.privacy import noises_messages
 from atoll.plan.codec.stage import Identity
@@ -321,7 +332,22 @@ class Site:
         if not path.exists() or path.read_bytes() != content:
             atomic_write(path, content, 0o600)
 
-    def compute(self, work: Work, model: bytes, fixed: bytes | None, on_step: OnStep | None = None) -> Prepared:
+    def number(self, numbers: Numbers) -> None:
+        """A site has no clients that could get numbers.
+
+        Raises:
+            RunError: always.
+        """
+        raise RunError("The server numbers the clients of this site.", "a message for a relay.")
+
+    def compute(
+        self,
+        work: Work,
+        model: bytes,
+        fixed: bytes | None,
+        on_step: OnStep | None = None,
+        starts: tuple[Start, ...] = (),
+    ) -> Prepared:
         """Compute a piece of work, or return the prepared message of the same work.
 
         Args:
@@ -329,9 +355,12 @@ class Site:
             model: the safetensors bytes of the model version.
             fixed: the safetensors bytes of frozen tensors.
             on_step: is called after each step.
+            starts: empty; a site is no relay.
         Raises:
             RefusedError: the site does not compute this work; the code names the reason.
         """
+        if starts:
+            raise RefusedError("part", "The work is for clients of a relay.", "work for this client.")
         try:
             plan = self._checked(work, model)  # also of a message that is prepared: the server sends the work again
             self._keep_version(work, plan, model)
@@ -533,7 +562,7 @@ class Site:
             plan = read_plan(work.plan, self._own)
             if plan.local.own:
                 first = required(self.terms, "terms").task(self._device, self._own, int(work.key.seed))
-            plan = _bound(plan, plan.local.server_layout(task.layout))
+            plan = bind_codecs(plan, task.layout)
             self._plans[work.plan] = plan, MessageForm.of(_unmasked(plan), task), plan.memory(first)
         return self._plans[work.plan]
 
@@ -580,7 +609,7 @@ class Site:
     def try_step(self) -> dict[str, Any]:
         """Compute one gradient of the first model on the rows of the site, for `atoll join --check`."""
         terms, data, whole = required(self.terms, "terms"), required(self.data, "data"), required(self._task, "task")
-        plan = _bound(Plan(Gradient(), Mean()), whole.layout)
+        plan = bind_codecs(Plan(Gradient(), Mean()), whole.layout)
         task = choose(whole, data.only(torch.tensor([self.client])), plan, "auto").task
         ids, model = (
             Ids(torch.tensor([self.client]), torch.zeros(1, dtype=torch.int64)),
@@ -642,11 +671,6 @@ def check_kind(work: Work, plan: Plan) -> None:
             f"A work of the kind {work.kind} on {work.rows} rows has the plan {plan!r:.100}.",
             f"{work.kind if local is None else f'the plan Plan({local.__name__}(…), Mean())'} on {rows} rows.",
         )
-
-
-def _bound(plan: Plan, layout: Layout) -> Plan:
-    """The plan with codecs that know the layout. A site does not know the population."""
-    return replace(plan, codec=plan.codec.bind(layout), downlink=plan.downlink.bind(layout))
 
 
 def _unmasked(plan: Plan) -> Plan:

@@ -41,9 +41,10 @@ from typing import IO, Any, Literal, NamedTuple
 
 from atoll.base.errors import RunError, UsageError
 from atoll.base.files import atomic_write
+from atoll.base.lines import Line
 from atoll.net.failpoints import failpoint
 from atoll.net.identity import Peer, check_name, san_of
-from atoll.net.wire import Blob, DenialCode, chain_link
+from atoll.net.wire import RELAYS, Blob, DenialCode, chain_link
 
 SMALL_STATE = 1 << 20
 GENERATIONS = 2
@@ -167,6 +168,12 @@ class Directory:
                 known = peer.serial in client.serials if client.pinned else True
                 return client if known else None
         return None
+
+
+def channels_of(clients: Iterable[ClientRecord]) -> dict[int, int]:
+    """The client with the channel of each client: its relay, if it is called RELAY/NAME, or itself, by numbers."""
+    numbers = {client.name: client.id for client in clients}
+    return {number: numbers.get(name.partition("/")[0], number) for name, number in numbers.items()}
 
 
 class Accepted(NamedTuple):
@@ -393,7 +400,15 @@ class Database:
 
     # Identities
 
-    def invite(self, name: str, secret: bytes, expires: int, san: str | None = None, limit: int | None = None) -> int:
+    def invite(
+        self,
+        name: str,
+        secret: bytes,
+        expires: int,
+        san: str | None = None,
+        limit: int | None = None,
+        relay: bool = False,
+    ) -> int:
         """Record an invitation. An earlier unused invitation of the same name ends.
 
         Args:
@@ -402,6 +417,7 @@ class Database:
             expires: the expiry of the token, in Unix seconds.
             san: the alternative name under an existing authority, such as `DNS:site.example`.
             limit: the number of clients of a closed run; None: no limit.
+            relay: whether it is a relay, which is no client of a run, or a client of a relay without a number.
         Returns:
             The number of the client.
         Raises:
@@ -411,14 +427,12 @@ class Database:
         with self._transaction() as db:
             found = db.execute("SELECT id, san FROM clients WHERE name = ?", (name,)).fetchone()
             if found is None:
-                (count,) = db.execute("SELECT count(*) FROM clients").fetchone()
-                if limit is not None and count >= limit:
-                    raise UsageError(f"{name!r} is invited as client {count + 1}.", f"at most {limit} clients.",
-                                     "the run is closed, and its number of clients is fixed.")  # fmt: skip
-                self._insert_client(db, count, name, san)
-                client: int = count
+                client = self._next_number(db, name, limit, relay)
+                self._insert_client(db, client, name, san)
             else:
                 client = int(found[0])
+                if relay != (client >= RELAYS) and not self._meta("user.relay"):
+                    raise UsageError(f"{name!r} was invited {'without' if relay else 'with'} --relay.", "another name.")
                 if san is not None and san != found[1]:
                     self._check_san(db, name, san)
                     db.execute("UPDATE clients SET san = ?, pinned = 0 WHERE id = ?", (san, client))
@@ -426,6 +440,52 @@ class Database:
             db.execute("INSERT INTO invitations VALUES (?, ?, ?, 'open', NULL)", (secret, name, expires))
             self._identity_changed(db, {"event": "invited", "client": client, "name": name, "expires": expires})
         return client
+
+    def _next_number(self, db: sqlite3.Connection, name: str, limit: int | None, relay: bool) -> int:
+        """The number of a further client, or of a further relay."""
+        if relay:
+            return int(db.execute("SELECT max(?, max(id) + 1) FROM clients", (RELAYS,)).fetchone()[0] or RELAYS)
+        (count,) = db.execute("SELECT count(*) FROM clients WHERE id < ?", (RELAYS,)).fetchone()
+        if limit is not None and count >= limit:
+            raise UsageError(f"{name!r} is invited as client {count + 1}.", f"at most {limit} clients.",
+                             "the run is closed, and its number of clients is fixed.")  # fmt: skip
+        return int(count)
+
+    def number_leaves(self, relay: str, names: Sequence[str], limit: int | None) -> tuple[int, ...]:
+        """The numbers of the clients of a relay in the run. A client that is new gets the next one, or `RELAYS`.
+
+        Args:
+            relay: the name of the relay. In the database of the root its clients are called RELAY/NAME.
+            names: the names of the clients.
+            limit: the number of clients of a closed run; None: no limit. Further clients have no number.
+        """
+        out = []
+        with self._transaction() as db:
+            for name in (f"{relay}/{one}" for one in names):
+                found = db.execute("SELECT id FROM clients WHERE name = ?", (name,)).fetchone()
+                try:
+                    number = self._next_number(db, name, limit, relay=False) if found is None else int(found[0])
+                except UsageError:
+                    number = RELAYS
+                out.append(number)
+                if found is None and number < RELAYS:
+                    values = (number, name, f"relay:{name}", True)
+                    insert = "INSERT INTO clients (id, name, san, pinned, state) VALUES (?, ?, ?, ?, 'enrolled')"
+                    db.execute(insert, values)
+                    self._identity_changed(db, {"event": "numbered", "client": number, "name": name})
+        return tuple(out)
+
+    def renumber(self, numbers: Mapping[str, int]) -> None:
+        """Give the clients of a relay the numbers that they have at its root.
+
+        Args:
+            numbers: the number by name.
+        """
+        with self._transaction() as db:
+            for name, number in numbers.items():
+                if db.execute("SELECT id FROM clients WHERE name = ?", (name,)).fetchone() != (number,):
+                    db.execute("UPDATE clients SET id = ? WHERE name = ?", (number, name))
+                    self._identity_changed(db, {"event": "numbered", "client": number, "name": name})
 
     def _insert_client(self, db: sqlite3.Connection, number: int, name: str, san: str | None) -> None:
         if san is not None:
@@ -553,6 +613,14 @@ class Database:
         """
         with self._transaction() as db:
             found = db.execute("SELECT id FROM clients WHERE name = ?", (name,)).fetchone()
+            if found is not None and "/" in name:
+                relay, _, leaf = name.partition("/")
+                raise UsageError(
+                    f"{name!r} is a client of the relay {relay!r}.",
+                    "its name at the relay.",
+                    "the relay has issued its certificate.",
+                    Line(shell=f"atoll revoke {leaf} --home {relay}"),
+                )
             if found is None:
                 names = [row[0] for row in db.execute("SELECT name FROM clients ORDER BY id LIMIT 20")]
                 raise UsageError(
@@ -695,6 +763,20 @@ class Database:
             given = f"A work of round {commit.round} of {commit.run} has been committed before."
             raise RunError(given, "each work once.") from error
         self._sweep(commit.run)
+
+    def settle(self, run: str, round: int, accepted: Sequence[Accepted]) -> None:
+        """Record works of the clients of a relay that the root has committed. A second call changes nothing."""
+        with self._transaction() as db:
+            new = [
+                one
+                for one in accepted
+                if db.execute("SELECT 1 FROM accepted WHERE work = ?", (one.work,)).fetchone() is None
+            ]
+            db.executemany(_INSERT_ACCEPTED, [(run, round, *one) for one in new])
+            failpoint("settle.inserted")
+            if new:
+                event = {"event": "settled", "run": run, "round": round, "accepted": _accepted_digest(new)}
+                _append(db, event)
 
     def _mac(self, run: str, round: int, model: bytes, pointer: bytes, state: bytes | None, blobs: bytes) -> bytes:
         parts = (run.encode(), round.to_bytes(8, "big"), model, pointer, b"" if state is None else state, blobs)

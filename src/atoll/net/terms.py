@@ -242,6 +242,17 @@ def read_plan(text: str, own: Own) -> Plan:
     return plan
 
 
+def bind_codecs(plan: Plan, layout: Layout) -> Plan:
+    """The plan with codecs that know the layout of the server's vector. A site does not know the population.
+
+    Args:
+        plan: the plan.
+        layout: the layout of the whole model.
+    """
+    layout = plan.local.server_layout(layout)
+    return replace(plan, codec=plan.codec.bind(layout), downlink=plan.downlink.bind(layout))
+
+
 def _unmapped(kind: str, name: str, flag: str) -> RefusedError:
     return RefusedError(
         "model" if kind == "model" else "part",

@@ -40,6 +40,8 @@ MAX_WORKS = 1024
 MAX_DELTAS = 1024
 MAX_ROWS = 1 << 28  # the exact sum refuses a larger total weight
 MAX_HEADER = 4 << 20
+MAX_LEAVES = 1024  # clients of one relay
+RELAYS = 1 << 30  # the numbers of relays begin here, and those of the clients of a relay that have none of the run yet
 
 # 1. Fields
 
@@ -74,7 +76,7 @@ DenialCode: TypeAlias = Literal["unknown", "used", "expired", "replaced", "revok
 ReceiptCode: TypeAlias = Literal["received", "conflict", "late", "invalid", "predecessor", "large", "quota"]
 ByeCode: TypeAlias = Literal[
     "done", "failed", "refused", "draining", "full", "revoked", "replaced", "protocol", "versions", "input", "rows",
-    "behind", "frame", "order", "quota", "silent", "slow",
+    "behind", "frame", "order", "quota", "silent", "slow", "relay",
 ]  # fmt: skip
 
 CERTIFICATE = "Atoll-Certificate"  # the header in which a client states its certificate to a server without TLS
@@ -145,6 +147,28 @@ class SumTerms(_Struct, frozen=True):
     rows: Count
 
 
+class Leaf(_Struct, frozen=True):
+    """A client of a relay: its name there, and the numbers of its rows; None before they are known."""
+
+    name: Name
+    rows: Annotated[int, Meta(ge=1, le=MAX_ROWS)] | None
+    held: Rows
+
+
+class Place(_Struct, frozen=True):
+    """The number of a client of a relay in the run; `RELAYS` if a closed run has no place for it."""
+
+    name: Name
+    client: ClientId
+
+
+class Start(_Struct, frozen=True):
+    """A client of a relay that shall work, and the number of its earlier starts from the same version."""
+
+    client: ClientId
+    repeat: Count
+
+
 # 2. Messages of a client
 
 
@@ -176,6 +200,13 @@ class Ready(_Struct, frozen=True):
     input: Digest
     rows: Rows
     held: Rows
+
+
+class Members(_Struct, frozen=True):
+    """The clients of a relay whose data fits this `Input`. A relay sends it in place of `Ready`, and after a change."""
+
+    input: Digest
+    leaves: Annotated[tuple[Leaf, ...], Meta(max_length=MAX_LEAVES)]
 
 
 class Update(_Struct, frozen=True):
@@ -298,6 +329,28 @@ class Work(_Struct, frozen=True):
             raise ValueError("the plan contains a module:name")
 
 
+class Numbers(_Struct, frozen=True):
+    """The answer to `Members`: the numbers of these clients in the run.
+
+    `memory` is 1 if the plan has client memory, else 0.
+    """
+
+    places: Annotated[tuple[Place, ...], Meta(max_length=MAX_LEAVES)]
+    memory: Annotated[int, Meta(ge=0, le=1)]
+
+
+class Gather(_Struct, frozen=True):
+    """A piece of work for clients of a relay. The relay answers with one contribution, whose head is a `PartialHead`.
+
+    Args:
+        work: the work of each client, except for its name and repeat. Its name is `gather_id`.
+        starts: the clients, ascending.
+    """
+
+    work: Work
+    starts: Annotated[tuple[Start, ...], Meta(min_length=1, max_length=MAX_LEAVES)]
+
+
 class Receipt(_Struct, frozen=True):
     """The answer to a contribution. "received" promises nothing: only `Settled` does."""
 
@@ -352,15 +405,16 @@ class StepMessage(_Struct, frozen=True):
     body: Inline
 
 
-Up: TypeAlias = Hello | Ready | Update | Sent | Progress | Refusal | Leave | StepMessage
-Down: TypeAlias = Welcome | Work | Receipt | Settled | Cancel | Bye | StepMessage
+Up: TypeAlias = Hello | Ready | Update | Sent | Progress | Refusal | Leave | Members | StepMessage
+Down: TypeAlias = Welcome | Work | Receipt | Settled | Cancel | Bye | Numbers | Gather | StepMessage
 Message: TypeAlias = Up | Down
 
 UP: Mapping[int, type[Up]] = {
-    1: Hello, 2: Ready, 3: Update, 4: Sent, 5: Progress, 6: Refusal, 7: Leave, 64: StepMessage,
+    1: Hello, 2: Ready, 3: Update, 4: Sent, 5: Progress, 6: Refusal, 7: Leave, 8: Members, 64: StepMessage,
 }  # fmt: skip
 DOWN: Mapping[int, type[Down]] = {
-    33: Welcome, 34: Work, 35: Receipt, 36: Settled, 37: Cancel, 38: Bye, 64: StepMessage,
+    33: Welcome, 34: Work, 35: Receipt, 36: Settled, 37: Cancel, 38: Bye, 39: Numbers, 40: Gather,
+    64: StepMessage,
 }  # fmt: skip
 _TABLES: tuple[Mapping[int, type[Message]], ...] = (UP, DOWN)
 _NUMBERS: Mapping[type[Message], int] = {kind: number for table in _TABLES for number, kind in table.items()}
@@ -502,6 +556,78 @@ def _fault(error: Exception) -> str:
     return "an unknown value" if "Invalid enum value" in str(error) else str(error).replace("`", "")
 
 
+# 5. The contribution of a relay
+
+
+class Counted(_Struct, frozen=True):
+    """A client of a relay whose message is in the partial: its repeat, its rows and the length of its message."""
+
+    client: ClientId
+    repeat: Count
+    rows: Rows
+    length: Annotated[int, Meta(ge=0, le=MAX_BLOB)]
+
+
+class Lost(_Struct, frozen=True):
+    """A client of a relay without a contribution: its repeat, and the code and the reason of the failure."""
+
+    client: ClientId
+    repeat: Count
+    code: Annotated[str, Meta(pattern=r"\A[a-z-]{1,32}\Z")]
+    reason: Text
+
+
+class PartialHead(_Struct, frozen=True):
+    """The head of a partial: u32 length ‖ this struct ‖ numbers.
+
+    Args:
+        arrived, lost: the clients of the `Gather`, each once, ascending.
+        places: the lowest place and the number of places of each exact sum, in the order of `docs/wire.md`.
+    """
+
+    arrived: Annotated[tuple[Counted, ...], Meta(max_length=MAX_LEAVES)]
+    lost: Annotated[tuple[Lost, ...], Meta(max_length=MAX_LEAVES)]
+    places: Annotated[
+        tuple[tuple[Annotated[int, Meta(ge=-64, le=64)], Annotated[int, Meta(ge=0, le=128)]], ...],
+        Meta(max_length=1 << 16),
+    ]
+
+
+_HEADS = msgspec.msgpack.Decoder(PartialHead)
+
+
+def encode_head(head: PartialHead) -> bytes:
+    """The bytes of a head with its length before them.
+
+    Example:
+        >>> encode_head(PartialHead((), (), ())).hex()
+        '0400000093909090'
+    """
+    body = _ENCODER.encode(head)
+    return len(body).to_bytes(4, "little") + body
+
+
+def decode_head(data: bytes | bytearray | memoryview) -> tuple[PartialHead, int]:
+    """The head of a partial, and the place of the first byte after it.
+
+    Raises:
+        FrameError: the bytes begin with no head in its only form.
+    Example:
+        >>> decode_head(encode_head(PartialHead((), (), ())) + b"numbers")[1]
+        8
+    """
+    end = 4 + int.from_bytes(data[:4], "little")
+    if len(data) < 4 or end > min(len(data), MAX_HEADER):
+        raise FrameError("length", f"A partial of {len(data)} bytes with a head of {end}.", "the head that it states.")
+    try:
+        head = _HEADS.decode(memoryview(data)[4:end])
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise FrameError("field", f"A field of a partial: {_fault(error)}.", "the fields of its head.") from None
+    if encode_head(head) != data[:end]:
+        raise FrameError("form", "The head of a partial is not in its shortest form.", "the bytes of `encode_head`.")
+    return head, end
+
+
 # 6. Hashes
 
 
@@ -543,6 +669,22 @@ def work_id(
     numbers = b"".join(number.to_bytes(8, "big") for number in (client, version, repeat))
     last = attempt.to_bytes(4, "big") if attempt else b""
     return sha256(b"atoll/work/v1" + texts + numbers + _plan_digest(plan) + model + last).digest()[:16]
+
+
+def gather_id(work: bytes, starts: tuple[Start, ...]) -> bytes:
+    """The name of a work for several clients of a relay: SHA-256("atoll/gather/v1" ‖ work ‖ starts)[:16].
+
+    A start is its client and its repeat, u64 each, big-endian.
+
+    Args:
+        work: the `work_id` of the relay.
+        starts: the clients.
+    Example:
+        >>> gather_id(bytes(16), (Start(0, 0),)).hex()
+        '6a446202c33516489ad161178e57f074'
+    """
+    numbers = b"".join(number.to_bytes(8, "big") for start in starts for number in (start.client, start.repeat))
+    return sha256(b"atoll/gather/v1" + work + numbers).digest()[:16]
 
 
 @lru_cache(maxsize=8)

@@ -61,13 +61,19 @@ def to_bytes(form: Form, payload: Tensor, side: Mapping[str, Tensor]) -> list[by
         K messages of `form.nbytes` bytes.
     """
     parts = [(form.side[n], side[n]) for n in form.side] + [(form.payload, payload)]
-    rows = [t.to(f.dtype).reshape(-1, f.length).contiguous().view(torch.uint8) for f, t in parts if f.length]
+    rows = [_dense(t.to(f.dtype).reshape(-1, f.length)).view(torch.uint8) for f, t in parts if f.length]
     if not rows:
         return [b""] * len(payload)
     whole = torch.cat(rows, -1)
     out = bytearray(whole.numel())
     torch.frombuffer(out, dtype=torch.uint8).copy_(whole.flatten())
     return [bytes(out[i : i + form.nbytes]) for i in range(0, len(out), form.nbytes)]
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """Rows whose numbers follow one another. One number of an expanded tensor is contiguous, and has the stride 0."""
+    rows = rows.contiguous()
+    return rows if rows.stride(-1) == 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def from_bytes(form: Form, data: Sequence[Buffer]) -> tuple[Tensor, dict[str, Tensor]]:

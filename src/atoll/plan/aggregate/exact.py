@@ -291,6 +291,55 @@ def total(digits: Digits) -> Tensor:
     return _added(_carried({place: digit * sign for place, digit in digits.items()})).mul_(sign)
 
 
+def to_integers(digits: Digits) -> tuple[int, Tensor]:
+    """The normal form of a sum: equal sums have equal integers, in any order and grouping of their contributions.
+
+        Σ_j  n_j · 2^(26 j) = the sum,     −2²⁵ ≤ n_j < 2²⁵
+
+    Args:
+        digits: the sum.
+    Returns:
+        The lowest place, and n of each place from it, int32 `[places, d]`. A sum of zeros has no place.
+    Example:
+        >>> low, numbers = to_integers(add({}, torch.tensor([[3.0]]), torch.ones(1)))
+        >>> low, numbers.tolist()
+        (0, [[3]])
+    """
+    low, high = min(digits), max(digits) + 2  # Σ w ≤ 2²⁸, so two further places take all that is carried
+    carry = torch.zeros_like(next(iter(digits.values())), dtype=torch.int64)
+    rows = []
+    for place in range(low, high + 1):
+        given = digits.get(place)
+        number = carry if given is None else carry + (given / 2.0 ** (WIDTH * place)).to(torch.int64)
+        carry = number + (1 << WIDTH - 1) >> WIDTH
+        rows.append((number - (carry << WIDTH)).to(torch.int32))
+    whole = torch.stack(rows)
+    used = whole.any(1).nonzero()[:, 0].tolist()
+    return (low + used[0], whole[used[0] : used[-1] + 1]) if used else (0, whole[:0])
+
+
+def from_integers(low: int, numbers: Tensor) -> Digits:
+    """The inverse of `to_integers`.
+
+    Args:
+        low: the lowest place.
+        numbers: the integers of each place, int32 `[places, d]`.
+    Returns:
+        The sum.
+    Example:
+        >>> total(from_integers(0, torch.tensor([[3], [1]], dtype=torch.int32))).item() == 3 + 2**26
+        True
+    """
+    if not len(numbers):
+        return {_LOWEST: numbers.new_zeros(numbers.shape[1], dtype=torch.float64)}
+    return {low + i: row.to(torch.float64) * 2.0 ** (WIDTH * (low + i)) for i, row in enumerate(numbers)}
+
+
+def in_range(low: int, count: int) -> bool:
+    """Whether a sum of at most `CAPACITY` times `LARGEST` can have these places."""
+    return low >= _LOWEST and low + count <= _HIGHEST + 1 and count >= 0
+
+
 def _added(digits: Digits) -> Tensor:
     first, *rest = (digits[place] for place in sorted(digits, reverse=True))
     out = empty(first, first.shape, torch.float64).copy_(first)

@@ -1,0 +1,283 @@
+"""Relays: the bits of a run without them, one model down and one sum up, and kills."""
+
+import json
+import queue
+import threading
+from contextlib import suppress
+
+import pandas
+import pytest
+from network import Federation, comparable, eventually
+from quick_cases import only
+from sites import SITES, Served, experiment, write_tables
+from test_federation import Hosted, alone, client, rows
+from test_sites import SMALL
+from test_statistics import bare
+
+from atoll.base.errors import AtollError, RunError, UsageError
+from atoll.data import csv
+from atoll.net import wire
+from atoll.net.home import ServerHome
+from atoll.net.join import join_federation, run_relay
+from atoll.net.policy import Policy
+from atoll.net.server import _ROUTES, Listener
+from atoll.net.spec import Server
+from atoll.training.serve import serve_run
+
+
+class Relayed:
+    """A relay in a thread."""
+
+    def __init__(self, token, home):
+        self.home, self.events, self.codes = home, [], {}
+        address = queue.Queue()
+
+        def notify(facts):
+            self.events.append(dict(facts))
+            if facts["event"] == "listening":
+                address.put(facts["address"])
+
+        self._notify = notify
+        self.thread = threading.Thread(target=self.start, args=(token,), daemon=True)
+        self.thread.start()
+        assert address.get(timeout=30), self.codes
+
+    def start(self, token):
+        try:
+            self.codes["code"] = run_relay(token, Server(str(self.home), drain=5.0), once=True, notify=self._notify)
+        except BaseException as error:
+            self.codes["code"] = error
+
+    def tokens(self, *names):
+        at = ServerHome.open(self.home, serve=False)
+        try:
+            return [at.invite(name, None, None, 1).text() for name in names]
+        finally:
+            at.close()
+
+
+def relayed(folder, settings, relays=2, clients=2):
+    """Serve a run to relays with clients. Returns the run, the relays and the events of the clients."""
+    server = Hosted(folder / "server", {**settings, "clients": relays * clients})
+    at = ServerHome.open(folder / "server", serve=False)
+    tokens = [at.invite(f"relay-{i}", None, None, 1, relay=True).text() for i in range(relays)]
+    at.close()
+    made = [Relayed(token, folder / f"relay-{i}") for i, token in enumerate(tokens)]
+    seen, joined = [], []
+    for i, relay in enumerate(made):
+        for k, token in enumerate(relay.tokens(*(f"site-{k}" for k in range(clients)))):
+            seen.append([])
+            joined.append(client(token, folder / f"site-{i}-{k}", seen[-1]))
+    run = server.run()
+    for thread, codes in [*((relay.thread, relay.codes) for relay in made), *joined]:
+        thread.join(30)
+        assert codes.get("code") == 0, codes
+    return run, made, seen
+
+
+CASES = {
+    "error feedback": {
+        "model": "softmax",
+        "recipe": "fedavg(lr=0.5, batch=50)",
+        "plan__codec": "ErrorFeedback(TopK(0.1) >> Quantize(4, bucket=256))",
+        "numerics": "fused",
+    },
+    "a correction with memory": {"model": "softmax", "recipe": "scaffold(lr=0.1, batch=50)"},
+    "long messages": {"model": "2nn", "recipe": "fedavg(lr=0.5, batch=100)", "numerics": "fused"},
+    "a cohort of some": {"model": "softmax", "recipe": "fedadam(lr=0.1, cohort=3)", "split": "Dirichlet(0.3)"},
+}
+
+
+@pytest.mark.parametrize("case", only(["error feedback"], CASES))
+def test_relays_give_the_bits_of_a_run(case, tmp_path):
+    quick = case == "error feedback"
+    settings, sizes = {"rounds": 2 if quick else 4, "seed": 4, **CASES[case]}, (1, 2) if quick else (2, 2)
+    run, _, _ = relayed(tmp_path, settings, *sizes)
+    reference = alone(tmp_path, settings, sizes[0] * sizes[1])
+    assert rows(run) == rows(reference)
+    models = [(one.path / "model.safetensors").read_bytes() for one in (run, reference)]
+    assert models[0] == models[1]
+    at = ServerHome.open(tmp_path / "server", serve=False)
+    assert at.verify() == []
+    at.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["softmax", "2nn"])
+def test_a_relay_receives_one_model_and_sends_one_sum_for_any_number_of_clients(model, tmp_path, monkeypatch):
+    sent, fetched = [], []
+    queued, blob = Listener._queue, Listener._blob
+
+    def count(self, channel, frame):
+        kind = type(wire.decode_down(frame)).__name__
+        sent.append((self.home.name, kind, len(frame)))
+        return queued(self, channel, frame)
+
+    async def serve(self, request, hash):
+        fetched.append((self.home.name, len(self.blobs.get(hash, b""))))
+        return await blob(self, request, hash)
+
+    monkeypatch.setattr(Listener, "_queue", count)
+    monkeypatch.setitem(_ROUTES, ("GET", "/v1/blobs/", 64), serve)
+    up, down = {}, {}
+    for clients in (2, 8):
+        sent.clear()
+        fetched.clear()
+        settings = {"model": model, "recipe": "fedavg(lr=0.5, batch=200)", "numerics": "fused", "rounds": 2}
+        _, (relay,), _ = relayed(tmp_path / str(clients), settings, 1, clients)
+        up[clients] = [event["bytes"] for event in relay.events if event["event"] == "work"]
+        frames = [size for home, kind, size in sent if home == "server" and kind == "Gather"]
+        below = [size for home, kind, size in sent if home != "server" and kind == "Work"]
+        models = [size for home, size in fetched if home == "server" and size > wire.MAX_INLINE]
+        assert len(frames) == 2 and len(below) == 2 * clients and len(models) == (3 if model == "2nn" else 0)
+        assert max(frames) - max(below) <= 16 + 8 * clients
+        down[clients] = models  # two versions and the final model
+    assert down[2] == down[8]
+    numbers = 650 if model == "softmax" else models[0] // 4
+    assert all(size <= 24 * numbers for sizes in up.values() for size in sizes), up
+
+
+class Killed(BaseException):
+    """The end of a relay at a failpoint. Nothing that happens afterwards writes to its disk."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["relay.prepared", "relay.settled", "settle.inserted"])
+def test_a_relay_that_ends_at_a_failpoint_gives_the_same_bits(place, tmp_path, monkeypatch):
+    passed, again = [], []
+
+    def end(name):
+        if name == place:
+            passed.append(name)
+            if len(passed) == 3:
+                raise Killed
+
+    for module in ("relay", "store"):
+        monkeypatch.setattr(f"atoll.net.{module}.failpoint", end)
+    started = Relayed.start
+
+    def restart(self, token):
+        started(self, token)
+        while isinstance(self.codes["code"], Killed):
+            again.append(place)
+            started(self, None)
+
+    monkeypatch.setattr(Relayed, "start", restart)
+    settings = {"rounds": 4, "seed": 4, **CASES["error feedback"]}
+    run, _, _ = relayed(tmp_path, settings)
+    assert again == [place]
+    assert rows(run) == rows(alone(tmp_path, settings, 4))
+
+
+def quiet(*args, **options):
+    """Join; the server reports an error."""
+    with suppress(AtollError):
+        join_federation(*args, **options)
+
+
+def table_run(folder, it, below=(), policy=Policy(), **spec):
+    """The run of three sites with their tables, of which some are below a relay. Those are numbered first."""
+    one = Served(folder, it, **spec)
+    if below:
+        at = ServerHome.open(one.home, serve=False)
+        made = Relayed(at.invite("ward", one.address, None, 1, relay=True).text(), folder / "ward")
+        for name, token in zip(below, made.tokens(*below), strict=True):
+            file, home = folder / f"{name}.csv", folder / name
+            options = {"once": True, "policy": policy}
+            threading.Thread(target=quiet, args=(token, home, str(file)), kwargs=options, daemon=True).start()
+        assert eventually(lambda: len(at.database.clients()) == 1 + len(below))
+        at.close()
+        one.relay = made
+    for name in SITES:
+        if name not in below:
+            one.join(name, folder / f"{name}.csv")
+    return one.wait(60)["server"], one
+
+
+@pytest.mark.slow
+def test_sites_below_a_relay_send_statistics_and_evaluations(tmp_path):
+    runs = []
+    for below in ((), SITES[:2]):
+        folder = tmp_path / str(len(below))
+        folder.mkdir()
+        write_tables(folder)
+        it = experiment(**SMALL, rounds=2, clients=3, held_out=0.3, class_weight="balanced")
+        run, _ = table_run(folder, it, below, schema=str(bare(folder, "ill")))
+        assert not isinstance(run, BaseException), run
+        runs.append(run)
+    direct, relayed_run = (run.path for run in runs)
+    assert (direct / "model.safetensors").read_bytes() == (relayed_run / "model.safetensors").read_bytes()
+    assert rows(runs[0]) == rows(runs[1])
+    tables = [pandas.read_csv(path / "clients.csv") for path in (direct, relayed_run)]
+    assert tables[1].client.tolist() == ["ward/north", "ward/south", "west"]
+    assert tables[0].drop(columns="client").equals(tables[1].drop(columns="client"))
+    notes = [line for line in (relayed_run / "events.jsonl").read_text().splitlines() if "is trusted" in line]
+    assert len(notes) == 1
+
+
+@pytest.mark.slow
+def test_a_refusal_below_a_relay_ends_a_closed_run_by_name(tmp_path):
+    write_tables(tmp_path)
+    it = experiment(**SMALL, rounds=2, clients=3, held_out=0)
+    given = csv(tmp_path / "all.csv", target="ill", by="site").split(held_out=0).described()
+    (tmp_path / "input.json").write_bytes(given.encode())
+    run, _ = table_run(tmp_path, it, SITES[:1], Policy(max_rounds=1), schema=str(tmp_path / "input.json"))
+    with pytest.raises(RunError, match=r"ward/north.*policy-rounds"):
+        raise run
+
+
+@pytest.mark.slow
+def test_a_plan_that_is_no_sum_is_refused_with_a_relay(tmp_path):
+    settings = {"model": "softmax", "recipe": "fedavg(lr=0.5)", "plan__aggregator": "Median()", "rounds": 1}
+    server = Hosted(tmp_path / "server", {**settings, "clients": 1})
+    server.wait("run")
+    at = ServerHome.open(tmp_path / "server", serve=False)
+    token = at.invite("ward", None, None, 1, relay=True).text()
+    with pytest.raises(UsageError, match="with --relay"):
+        at.invite("ward", None, None, 1)
+    at.close()
+    made = Relayed(token, tmp_path / "ward")
+    with pytest.raises(UsageError, match="home of a relay"):
+        ServerHome.open(tmp_path / "ward", serve=False).invite("second", None, None, 1, relay=True)
+    made.thread.join(60)
+    with pytest.raises(UsageError, match=r"Median\(\) with a relay"):
+        raise made.codes["code"]
+    client(server.tokens("site")[0], tmp_path / "site", [])
+    assert server.run().rounds == 1
+    with pytest.raises(UsageError, match="Median") as error:
+        serve_run(server.experiment, server.spec)  # the relay is invited before the next run
+    assert "Mean()" in str(error.value)
+
+
+@pytest.mark.slow
+def test_kills_of_a_relay_and_of_its_root_change_no_bit(tmp_path):
+    settings = {"model": "softmax", "recipe": "fedavg(lr=0.5, batch=50)", "rounds": 8, "seed": 4, "numerics": "fused"}
+    settings |= {"plan__codec": CASES["error feedback"]["plan__codec"]}
+    flags = ["--data", "digits", "--clients", "2", "--rounds", "8", "--seed", "4"]
+    for name in ("model", "recipe", "numerics"):
+        flags += [f"--{name}", settings[name]]
+    flags += ["--set", f"plan.codec={settings['plan__codec']}", "--set", "report=false"]
+    with Federation(tmp_path, *flags) as it:
+        address = it.serve()
+        token = json.loads(it.run("invite", "ward", "--relay", "--home", it.home, "--json"))["token"]
+        words = ["relay", "--home", tmp_path / "ward", "--once", "--json"]
+        ward = it.start(words[0], token, *words[1:], failpoint="relay.prepared:3")
+        ward.wait_for(lambda line: line["event"] == "listening")
+        out = it.run("invite", "site-0", "site-1", "--home", tmp_path / "ward", "--json")
+        it.tokens = [json.loads(line)["token"] for line in out.splitlines()]
+        for k in range(2):
+            it.join(k)
+        ward.process.wait(120)  # killed after its third partial was written
+        ward = it.start(*words)
+        it.server.after_round(4)
+        it.server.kill()
+        ward.kill()
+        ward = it.start(*words)
+        assert it.serve() == address
+        codes = [it.clients[k].code() for k in range(2)], ward.code(), it.server.code()
+        assert codes == ([0, 0], 0, 0), ward.stderr()
+        reference = alone(tmp_path, settings, 2)
+        assert comparable(it.path()) == comparable(reference.path)
+        assert (it.path() / "model.safetensors").read_bytes() == (reference.path / "model.safetensors").read_bytes()
+        it.run("verify", "--home", it.home)
+        it.run("verify", "--home", tmp_path / "ward")
