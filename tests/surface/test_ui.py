@@ -11,6 +11,7 @@ from network import TICK
 
 from atoll.base.errors import UsageError
 from atoll.cli.answer import answer
+from atoll.report import page_data
 from atoll.runs.folder import RunFolder
 from atoll.ui import access, server
 from atoll.ui.server import PageServer
@@ -202,6 +203,31 @@ def test_streams_are_limited_and_a_reader_that_never_reads_is_dropped(tmp_path, 
     lock.lock()
     lock.close()
     served(tmp_path / "runs", ask)
+
+
+def test_a_run_is_read_again_only_after_one_of_its_files_has_changed(tmp_path, monkeypatch):
+    folder, read = run(tmp_path / "home" / "runs", "a"), []
+    usual = page_data.page_data
+    monkeypatch.setattr(page_data, "page_data", lambda given: read.append(given) or usual(given))
+
+    async def ask(session, base, made):
+        await status(session, made.url)
+        changes = (
+            lambda: None,
+            lambda: (folder / "labels.json").write_text('{"title": "new", "tags": []}'),
+            lambda: (folder / "plots").mkdir(),
+            lambda: (folder / "plots" / "a.svg").write_text("<svg/>"),
+            lambda: (folder.parent.parent / "status.json").write_text('{"clients": [], "why": "waits"}'),
+            lambda: (folder / "metrics.jsonl").write_text(line(0)),
+        )
+        for reads, change in enumerate(changes, 1):
+            change()
+            for _ in range(2):
+                async with session.get(f"{base}/api/runs/a") as found:
+                    assert await found.read() == page_data.to_json(usual(folder))
+            assert len(read) == reads
+
+    served(tmp_path / "home" / "runs", ask)
 
 
 def test_addresses_beyond_this_machine_and_taken_ports_are_refused(tmp_path, capsys):

@@ -9,7 +9,7 @@ Tests: tests/surface/test_svg.py
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -269,10 +269,10 @@ def thin(x: Numbers, y: Numbers, most: int = 2000) -> tuple[list[float], list[fl
         return [float(v) for v in x], [float(v) for v in y]
     parts, kept = (most - 2) // 2, {0, count - 1}
     for part in range(parts):
-        places = range(count * part // parts, count * (part + 1) // parts)
-        good = [i for i in places if math.isfinite(y[i])] or [places[0]]
-        key: Callable[[int], float] = y.__getitem__
-        kept |= {min(good, key=key), max(good, key=key)}
+        start, end = count * part // parts, count * (part + 1) // parts
+        values = y[start:end]
+        good = values if all(map(math.isfinite, values)) else [v for v in values if math.isfinite(v)] or values[:1]
+        kept |= {start + values.index(min(good)), start + values.index(max(good))}
     chosen = sorted(kept)
     return [float(x[i]) for i in chosen], [float(y[i]) for i in chosen]
 

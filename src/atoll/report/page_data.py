@@ -12,6 +12,8 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from atoll.base.names import COUNTS
 from atoll.compute.metric_names import PERSONAL
 from atoll.plan.formula import without_identity
 from atoll.report.chart import thin
-from atoll.report.run_data import RunData
+from atoll.report.run_data import NUMBERS, RunData
 from atoll.runs.folder import CLIENTS
 from atoll.runs.format import client_name, duration, label, plain, rises, spread
 from atoll.runs.labels import Labels
@@ -217,8 +219,8 @@ def run_brief(folder: Path) -> dict[str, Any]:
     best, epsilon = record.best(chief), _finite(record.last("epsilon"))
     interval = interval_of(record.compared["federated"], chief)
     total = record.config.get("rounds")
-    pairs = [(r["round"], _finite(r[chief])) for r in record.rows if _is_number(r.get(chief))]
-    points = [pairs[i] for i in spread(len(pairs), 40)]
+    rounds, values = record.numbers(chief)
+    points = spread(len(rounds), 40)
     return {
         "run": folder.name,
         "title": labels.title,
@@ -236,7 +238,7 @@ def run_brief(folder: Path) -> dict[str, Any]:
         "bytes": record.total("bytes_up") + record.total("bytes_down"),
         "seconds": record.total("seconds"),
         **({} if epsilon is None else {"epsilon": epsilon}),
-        "spark": [[x for x, _ in points], [y for _, y in points]],
+        "spark": [[rounds[i] for i in points], [_finite(values[i]) for i in points]],
     }
 
 
@@ -281,12 +283,12 @@ def _columns(record: RunData) -> list[str]:
     first = judged(record.columns)
     metrics = [*first, *(n for n in record.columns if n not in first)]
     counts = [n for n in COUNTS if n not in ("round", "fingerprint")]
-    counted = [n for n in counts if any(_is_number(row.get(n)) for row in record.rows)]
+    counted = [n for n in counts if record.has(n)]
     return (metrics + counted)[:_MOST_COLUMNS]
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (float, int)  # of JSON, in which a bool is no number
+    return type(value) in NUMBERS
 
 
 def _finite(value: float | None) -> float | None:
@@ -294,27 +296,30 @@ def _finite(value: float | None) -> float | None:
 
 
 def _curve(record: RunData, name: str) -> list[list[float | None]]:
-    pairs = [(row["round"], row[name]) for row in record.rows if _is_number(row.get(name))]
-    x, y = thin([p[0] for p in pairs], [p[1] for p in pairs], MOST_POINTS)
+    x, y = thin(*record.numbers(name), MOST_POINTS)
     return [[int(v) for v in x], [_finite(v) for v in y]]
 
 
 def _costs(record: RunData) -> dict[str, list[float | None]]:
     """The running totals of a run, for curves over bytes and time."""
-    bytes, seconds, clock = 0.0, 0.0, None
-    found: list[tuple[Any, float, float, float | None]] = []
-    for row in record.rows:
-        bytes += _amount(row.get("bytes_up")) + _amount(row.get("bytes_down"))
-        seconds += _amount(row.get("seconds"))
-        clock = _finite(row["clock"]) if _is_number(row.get("clock")) else clock
-        found.append((row["round"], bytes, seconds, clock))
-    few = [found[i] for i in spread(len(found), MOST_POINTS)]
-    names = ("round", "bytes", "seconds", "clock")
-    return {name: [each[at] for each in few] for at, name in enumerate(names)} if few else {}
+    chosen = spread(len(record.rows), MOST_POINTS)
+    if not chosen:
+        return {}
+    up, down, seconds = (_amounts(record, name) for name in ("bytes_up", "bytes_down", "seconds"))
+    clock = accumulate((row.get("clock") for row in record.rows), lambda last, v: v if _is_number(v) else last)
+    columns: dict[str, list[Any]] = {
+        "round": [row["round"] for row in record.rows],
+        "bytes": list(accumulate(map(add, up, down))),
+        "seconds": list(accumulate(seconds)),
+        "clock": [_finite(v) if _is_number(v) else None for v in clock],
+    }
+    return {name: [column[i] for i in chosen] for name, column in columns.items()}
 
 
-def _amount(value: Any) -> float:
-    return float(value) if _is_number(value) and math.isfinite(value) else 0.0
+def _amounts(record: RunData, name: str) -> list[float]:
+    """The numbers of a column; 0 where a row has no finite number."""
+    values = (row.get(name) for row in record.rows)
+    return [float(v) if _is_number(v) and math.isfinite(v) else 0.0 for v in values]
 
 
 def _answers(record: RunData) -> list[TextTable]:

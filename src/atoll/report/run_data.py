@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from atoll.report.flight_rows import MOST_FLIGHTS, Tally, read_trips
 from atoll.report.flight_rows import Row as FlightRow
 from atoll.runs.confusion import Confusion
 from atoll.runs.folder import read_rows
-from atoll.runs.format import better, rises, spread
+from atoll.runs.format import rises, spread
 from atoll.runs.summary import ROWS
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 OTHER = ("loss", "held_out_loss", "gradient_norm", "lr")
+NUMBERS = {int, float}  # of JSON, in which a bool is no number
 _SPREAD, _LAST = 80, 40
+_BLOCK = 1 << 18  # bytes that are read at once: a line of a thousand clients has 20 kB
 _MOST_READ = 8 << 20  # bytes of "clients" lines that are read at most
 
 
@@ -145,33 +148,43 @@ class RunData:
         """The rounds in which a column has a number, and the numbers, float64 `[n]`; NaN and infinity are included."""
         import numpy as np
 
-        values = [row.get(name) for row in self.rows]
-        if set(map(type, values)) <= {int, float}:
-            rounds = np.array([row["round"] for row in self.rows], dtype=np.float64)
-            return rounds, np.array(values, dtype=np.float64)
-        found = [(row["round"], v) for row in self.rows if (v := _number(row.get(name))) is not None]
-        pairs = np.array(found, dtype=np.float64).reshape(-1, 2)
-        return pairs[:, 0], pairs[:, 1]
+        rounds, values = self.numbers(name)
+        return np.array(rounds, dtype=np.float64), np.array(values, dtype=np.float64)
 
-    def _numbers(self, name: str) -> list[float]:
-        return [v for row in self.rows if (v := _number(row.get(name))) is not None]
+    def numbers(self, name: str) -> tuple[list[int], list[float]]:
+        """The rounds in which a column has a number, and the numbers."""
+        if name not in self._numbers:
+            rounds, values = self._rounds, [row.get(name) for row in self.rows]
+            if not set(map(type, values)) <= NUMBERS:
+                rounds = [t for t, v in zip(rounds, values, strict=True) if type(v) in NUMBERS]
+                values = [v for v in values if type(v) in NUMBERS]
+            self._numbers[name] = rounds, values
+        return self._numbers[name]
+
+    @cached_property
+    def _rounds(self) -> list[int]:
+        return [row["round"] for row in self.rows]
+
+    @cached_property
+    def _numbers(self) -> dict[str, tuple[list[int], list[float]]]:
+        return {}
 
     def total(self, name: str) -> float:
         """The sum of the finite numbers of a column."""
-        return math.fsum(filter(math.isfinite, self._numbers(name)))
+        return math.fsum(filter(math.isfinite, self.numbers(name)[1]))
 
     def last(self, name: str) -> float | None:
         """The last number of a column; None if it has none."""
         return next((v for row in reversed(self.rows) if (v := _number(row.get(name))) is not None), None)
 
-    @property
+    @cached_property
     def named(self) -> dict[str, None]:
         """The names of all columns, in the order of the rows."""
         return dict.fromkeys(chain.from_iterable(self.rows))
 
     def has(self, name: str) -> bool:
         """Whether a column contains a number."""
-        return any(_number(row.get(name)) is not None for row in self.rows)
+        return name in self.named and any(type(row.get(name)) in NUMBERS for row in self.rows)
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -197,16 +210,14 @@ class RunData:
 
     def best(self, name: str) -> Row | None:
         """The first row with the best finite value; None if there is none or the metric's direction is unknown."""
-        best, about = None, self.events.about
+        about = self.events.about
         given = about.get("rising") if about.get("selection") == name else None
         rising = given if isinstance(given, bool) else rises(name)
-        for row in self.rows if rising is not None else ():
-            value = _number(row.get(name))
-            if value is None or not math.isfinite(value):
-                continue
-            if best is None or better(value, best[name], bool(rising)):
-                best = row
-        return best
+        values = [] if rising is None else list(filter(math.isfinite, self.numbers(name)[1]))
+        if not values:
+            return None
+        top = max(values) if rising else min(values)
+        return next(row for row in self.rows if row.get(name) == top and type(row[name]) in NUMBERS)
 
     @property
     def formula(self) -> str:
@@ -227,7 +238,7 @@ class RunData:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if type(value) in (float, int) else None  # of JSON, in which a bool is no number
+    return float(value) if type(value) in NUMBERS else None
 
 
 def _values(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,15 +293,15 @@ def _events(path: Path, clients: bool = True) -> Events:
 
     The newest line is parsed first, because the last values of a client are those of its newest round.
     """
-    events, places, total, trips = Events(), list[int](), 0, list[Any]()
+    events, places, total, trips = Events(), list[tuple[int, int]](), 0, list[Any]()
     if not path.is_file():
         return events
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=_BLOCK) as file:
         at = 0
         for line in file:
             events.stopped = line.startswith(b'{"event": "stop"') and line.endswith(b"}\n")
             if line.startswith(b'{"event": "clients"'):
-                places.append(at)
+                places.append((len(line), at))
                 total += len(line)
             elif line.startswith(b'{"event": "trips"'):
                 if clients and (room := MOST_FLIGHTS - len(trips)) > 0:
@@ -301,8 +312,7 @@ def _events(path: Path, clients: bool = True) -> Events:
         chosen = {*spread(len(places), _SPREAD), *range(max(0, len(places) - _LAST), len(places))}
         counted = range(0, len(places), -(-total // _MOST_READ) or 1)
         for n in sorted({*chosen, *counted} if clients else (), reverse=True):
-            file.seek(places[n])
-            event = _object(file.readline())
+            event = _object(os.pread(file.fileno(), *places[n]))
             if n % counted.step == 0:
                 events.tally.add(event)
             given = _clients(event) if n in chosen else None
@@ -360,5 +370,7 @@ def _clients(event: Mapping[str, Any]) -> tuple[int, list[int], list[float]] | N
     ids, loss, at = event.get("id"), event.get("loss"), event.get("round")
     if not isinstance(ids, list) or not isinstance(loss, list) or len(ids) != len(loss) or not _is_round(at):
         return None
+    if set(map(type, ids)) <= {int} and set(map(type, loss)) <= {float}:
+        return at, ids, loss
     good = [(i, v) for i, v in zip(ids, map(_number, loss), strict=True) if _is_round(i) and v is not None]
     return event["round"], [i for i, _ in good], [v for _, v in good]

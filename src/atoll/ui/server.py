@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -23,6 +24,7 @@ from atoll.runs.follow import Follower
 from atoll.ui import access
 
 STREAMS = 64
+_PAGES = 4  # answers about one run that are kept
 _PERIOD = 0.1  # seconds between two looks at the files of open streams
 _CHUNK = 256 << 10  # bytes of rows in one write
 _PATIENCE = 10.0  # seconds that a write may wait for its reader
@@ -57,6 +59,7 @@ class PageServer:
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _news: bool = False
     _briefs: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
+    _pages: dict[str, tuple[Any, bytes]] = field(default_factory=dict)  # the last one at the end
 
     @property
     def cookie(self) -> str:
@@ -169,9 +172,21 @@ class PageServer:
         return found
 
     async def _page(self, request: web.Request) -> web.Response:
-        from atoll.report.page_data import page_data
+        body = await asyncio.to_thread(self._page_of, self._folder(request))
+        return web.Response(body=body, content_type="application/json")
 
-        return _json(await asyncio.to_thread(page_data, self._folder(request)))
+    def _page_of(self, folder: Path) -> bytes:
+        """The JSON of a run. An open page asks again and again; files that have not changed are not read again."""
+        from atoll.report.page_data import page_data, to_json
+
+        stamp = _contents(folder)
+        known = self._pages.pop(folder.name, None)
+        if known is None or known[0] != stamp:
+            known = stamp, to_json(page_data(folder))
+        self._pages[folder.name] = known
+        for name in list(self._pages)[:-_PAGES]:
+            self._pages.pop(name, None)
+        return known[1]
 
     async def _rows(self, request: web.Request) -> web.Response:
         try:
@@ -296,12 +311,23 @@ async def _send(response: web.StreamResponse, data: bytes) -> None:
     await asyncio.wait_for(response.write(data), _PATIENCE)
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def _stamp(file: Path) -> tuple[int, int, int]:
     try:
         found = file.stat()
     except OSError:
-        return (0, 0)
-    return (found.st_mtime_ns, found.st_size)
+        return (0, 0, 0)
+    return (found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+def _contents(folder: Path) -> tuple[Any, ...]:
+    """What changes with any file that the page of a run shows."""
+    from atoll import runs
+
+    found: list[Any] = [runs.is_locked(folder), _stamp(folder.parent.parent / "status.json")]
+    for place in (folder, folder / "plots"):
+        with contextlib.suppress(OSError):
+            found += [(name, _stamp(place / name)) for name in sorted(os.listdir(place))]
+    return tuple(found)
 
 
 def _json(value: Any) -> web.Response:

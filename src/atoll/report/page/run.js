@@ -1,9 +1,10 @@
 // One run: state, answer, curves, clients, waiting times, failures, formula, notes, files, and the next lines.
 
-import { element, number, count, bytes, duration, FORMS } from "./text.js";
+import { element, number, count, bytes, duration, whenIdle, FORMS } from "./text.js";
 import { Curve, last, spark } from "./curve.js";
 import { textTable, sortedTable } from "./table.js";
 
+const ABOVE = 4; // curves that are drawn at once
 const COUNTS = { bytes_up: bytes, bytes_down: bytes, seconds: duration, clock: duration, cohort: count, arrived: count, failed: count, late: count, flying: count, versions: count };
 const RULES = { pooled: ["pooled", "s2"], local: ["local only", "s3"], constant: ["constant", "s7"], constant_clients: ["constant by client", "s4"] };
 
@@ -206,7 +207,7 @@ export class RunView {
     }
     const nodes = kept.map(([curve]) => curve.node);
     if (nodes.length !== this.gallery.children.length || nodes.some((n, i) => this.gallery.children[i] !== n)) this.gallery.replaceChildren(...nodes);
-    kept.forEach(([, set]) => set());
+    kept.forEach(([curve, set], i) => { if (i < ABOVE || curve.plot) set(); else whenIdle(set); });
   }
 
   drawClients() {

@@ -1,6 +1,8 @@
 // Tables of texts, and a table that a click or a key sorts.
 
-import { element, FORMS } from "./text.js";
+import { element, whenIdle, FORMS } from "./text.js";
+
+const MOST = 500, FIRST = 50; // rows of a table, and those of them that are made at once
 
 // cells: rows of texts; the first row has the heads, the first column the names.
 export function textTable(table, kind) {
@@ -18,6 +20,7 @@ export function textTable(table, kind) {
 export function sortedTable(caption, first, names, columns, state, pick) {
   const body = element("tbody", {});
   const order = names.map((_, i) => i);
+  let filled = 0;
   const value = (i) => (state.by < 0 ? names[i] : (columns[state.by].values || [])[i]);
   const compare = (a, b) => {
     const x = value(a), y = value(b);
@@ -32,8 +35,11 @@ export function sortedTable(caption, first, names, columns, state, pick) {
   };
   const fill = () => {
     const sorted = state.by === undefined ? order : [...order].sort(compare);
-    body.replaceChildren(...sorted.slice(0, 500).map((i) => element("tr", {}, pick ? pick(i) : element("th", { scope: "row" }, names[i]),
-      columns.map((column) => (column.absent ? element("td", { class: "absent" }, column.absent) : cell(column, i))))));
+    const made = (from, to) => sorted.slice(from, to).map((i) => element("tr", {}, pick ? pick(i) : element("th", { scope: "row" }, names[i]),
+      columns.map((column) => (column.absent ? element("td", { class: "absent" }, column.absent) : cell(column, i)))));
+    const turn = filled += 1;
+    body.replaceChildren(...made(0, FIRST));
+    if (sorted.length > FIRST) whenIdle(() => { if (turn === filled) body.append(...made(FIRST, MOST)); });
   };
   const heads = [{ label: first }, ...columns].map((column, n) => {
     const button = element("button", { type: "button", on: { click: () => {
@@ -45,7 +51,7 @@ export function sortedTable(caption, first, names, columns, state, pick) {
     return element("th", { scope: "col", "aria-sort": state.by === n - 1 ? (state.down ? "descending" : "ascending") : "none", class: n && column.unit !== "text" ? "n" : null }, button);
   });
   fill();
-  const omitted = names.length > 500 ? " The first 500 rows in this order are shown." : "";
+  const omitted = names.length > MOST ? " The first " + MOST + " rows in this order are shown." : "";
   const tall = !pick && names.length > 20 ? " tall" : "";
   return element("div", { class: "scroll" + tall, tabindex: 0, role: "region", "aria-label": caption },
     element("table", {}, element("caption", {}, caption + omitted), element("thead", {}, element("tr", {}, heads)), body));

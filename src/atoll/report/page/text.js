@@ -17,6 +17,11 @@ export function visible(text) {
   return text.replace(/(?![\n\t])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu, "·");
 }
 
+// Work that can wait until the page has been drawn once.
+export function whenIdle(work) {
+  if (globalThis.requestIdleCallback) requestIdleCallback(work, { timeout: 1000 }); else setTimeout(work, 100);
+}
+
 export function number(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const amount = Math.abs(value);
