@@ -1,6 +1,6 @@
 """Twelve pictures of the page: four runs, each in light, in dark and on a phone; and two of its top for the manual.
 
-python tests/faces.py [FOLDER]          `make faces` writes them to build/faces
+python tests/faces.py [FOLDER [RUN...]]   `make faces` writes them to build/faces; RUN: some of the four
 
 They need playwright, Chromium and Pillow. Those in docs/pictures/page were written by this program.
 """
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 RUNS = {
@@ -28,7 +29,7 @@ RUNS = {
 VIEWS = {"light": ("light", 1440), "dark": ("dark", 1440), "phone": ("light", 390)}
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, names: Sequence[str]) -> int:
     from playwright.sync_api import sync_playwright
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,7 @@ def main(folder: Path) -> int:
     with tempfile.TemporaryDirectory() as name, sync_playwright() as playwright:
         atoll = [sys.executable, "-m", "atoll"]
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for run, words in RUNS.items():
+        for run, words in ((name, RUNS[name]) for name in names or RUNS):
             out = str(Path(name) / run)
             subprocess.run([*atoll, "run", *words, "--quiet", "--out", out], env=os.environ, check=run != "failing")
             command = [*atoll, "ui", "latest", "--out", out, "--json", "--no-open"]
@@ -46,7 +47,7 @@ def main(folder: Path) -> int:
                     page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
                     page.goto(url)
                     page.locator(".tiles div").first.wait_for()
-                    page.wait_for_timeout(500)
+                    page.wait_for_timeout(1500)  # the lower curves are drawn when the page is idle
                     save(page.screenshot(full_page=True), folder / f"{run}-{view}.png")
                     if run == "demo" and view != "phone":
                         page.set_viewport_size({"width": 1100, "height": 760})
@@ -68,4 +69,4 @@ def save(picture: bytes, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/faces")))
+    raise SystemExit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/faces"), sys.argv[2:]))
