@@ -306,7 +306,8 @@ def _costs(record: RunData) -> dict[str, list[float | None]]:
     if not chosen:
         return {}
     up, down, seconds = (_amounts(record, name) for name in ("bytes_up", "bytes_down", "seconds"))
-    clock = accumulate((row.get("clock") for row in record.rows), lambda last, v: v if _is_number(v) else last)
+    clocks: list[Any] = [row.get("clock") for row in record.rows]
+    clock: Iterable[Any] = accumulate(clocks, lambda last, v: v if _is_number(v) else last)
     columns: dict[str, list[Any]] = {
         "round": [row["round"] for row in record.rows],
         "bytes": list(accumulate(map(add, up, down))),
@@ -318,7 +319,7 @@ def _costs(record: RunData) -> dict[str, list[float | None]]:
 
 def _amounts(record: RunData, name: str) -> list[float]:
     """The numbers of a column; 0 where a row has no finite number."""
-    values = (row.get(name) for row in record.rows)
+    values: Iterable[Any] = (row.get(name) for row in record.rows)
     return [float(v) if _is_number(v) and math.isfinite(v) else 0.0 for v in values]
 
 

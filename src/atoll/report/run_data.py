@@ -154,7 +154,7 @@ class RunData:
     def numbers(self, name: str) -> tuple[list[int], list[float]]:
         """The rounds in which a column has a number, and the numbers."""
         if name not in self._numbers:
-            rounds, values = self._rounds, [row.get(name) for row in self.rows]
+            rounds, values = self._rounds, list[Any](row.get(name) for row in self.rows)
             if not set(map(type, values)) <= NUMBERS:
                 rounds = [t for t, v in zip(rounds, values, strict=True) if type(v) in NUMBERS]
                 values = [v for v in values if type(v) in NUMBERS]
@@ -371,6 +371,6 @@ def _clients(event: Mapping[str, Any]) -> tuple[int, list[int], list[float]] | N
     if not isinstance(ids, list) or not isinstance(loss, list) or len(ids) != len(loss) or not _is_round(at):
         return None
     if set(map(type, ids)) <= {int} and set(map(type, loss)) <= {float}:
-        return at, ids, loss
+        return event["round"], ids, loss
     good = [(i, v) for i, v in zip(ids, map(_number, loss), strict=True) if _is_round(i) and v is not None]
     return event["round"], [i for i, _ in good], [v for _, v in good]

@@ -87,9 +87,9 @@ WIDTH = 32
 class Net(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": WIDTH}
+        sizes = {"vocab_size": 1, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": WIDTH}
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        config = BertConfig(vocab_size=1, max_position_embeddings=inputs, intermediate_size=2 * WIDTH, **sizes, **dropout)
+        config = BertConfig(max_position_embeddings=inputs, intermediate_size=2 * WIDTH, **sizes, **dropout)
         self.scale = nn.Parameter(torch.randn(inputs, WIDTH) / math.sqrt(WIDTH))
         self.bert = BertModel(config, add_pooling_layer=False)
         self.last = nn.Linear(WIDTH, outputs)
