@@ -24,7 +24,7 @@ from atoll.plan.aggregate import Masks, Mean
 from atoll.plan.codec import Clip
 from atoll.plan.local import Evaluate, Moments
 from atoll.plan.plan import Plan
-from atoll.recipes import dp_fedavg, fedavg
+from atoll.recipes import ditto, dp_fedavg, fedavg
 
 SETTINGS = {"model": "softmax", "recipe": "fedavg(lr=0.5, batch=10)", "numerics": "fused", "report": "false"}
 PLAN = fedavg(0.5, cohort=4)
@@ -38,6 +38,7 @@ NOISY = dp_fedavg(0.5, 1.0, 2.0, 0.1)
         ("round", "train", PLAN, None),
         ("round", "held", PLAN, "part"),
         ("evaluate", "held", Plan(Evaluate(), Mean()), None),
+        ("evaluate", "held", Plan(Evaluate(ditto(0.1).local), Mean()), None),
         ("evaluate", "held", PLAN, "part"),
         ("evaluate", "train", Plan(Evaluate(), Mean()), "part"),
         ("moments", "train", Plan(Moments((0.0,)), Mean()), None),
@@ -96,6 +97,7 @@ def code_of(policy, clients=10, plan=PLAN, made=MappingProxyType({}), **changes)
         ({"secure": True, "per_client": True}, {"kind": "evaluate", "rows": "held"}, None),
         ({"per_client": False}, {"plan": Plan(Moments((0.0,)), Mean())}, "policy-values"),
         ({"per_client": False}, {"plan": Plan(Evaluate(), Mean())}, "policy-values"),
+        ({"per_client": False}, {"plan": Plan(Evaluate(ditto(0.1).local), Mean())}, "policy-values"),
         ({"max_rounds": 2}, {"made": {"a": "a", "b": "b"}, "round": 0}, "policy-rounds"),
         ({"max_rounds": 2}, {"made": {"a": "a", work().work.hex(): work().work.hex()}, "round": 0}, None),
         (

@@ -14,7 +14,7 @@ from atoll.compute.model_state import split_of
 from atoll.engine.inprocess import InProcessEngine
 from atoll.plan.aggregate import Mean, Median
 from atoll.plan.codec import Clip, ErrorFeedback, LowRank, Noise, Quantize
-from atoll.plan.local import Calibrated, Ditto, Proximal, Scaffold, Train
+from atoll.plan.local import Calibrated, Ditto, Evaluate, Proximal, Scaffold, Train
 from atoll.plan.message import MessageForm
 from atoll.plan.optimizer.rules import adam, adamw, sgd
 from atoll.plan.pace import Buffered
@@ -220,4 +220,7 @@ def test_refusals():
             local(**fields)
     with pytest.raises(UsageError, match="exclude"):
         Proximal(0.1) >> Ditto(0.1)
+    for wrong in (local().local, "Train", 3):
+        with pytest.raises(UsageError, match="models of clients"):
+            Evaluate(wrong)
     assert fedrep(0.1, own=HEAD).local.examples_per_round(torch.tensor([7])).tolist() == [14]
