@@ -372,3 +372,11 @@ def test_the_geometric_median_leaves_a_row_that_is_not_the_minimum():
     middle = (honest.sum(0, keepdim=True) + far) / 10
     found = GeometricMedian().rule(torch.cat([honest, far, middle]))
     assert float((found - middle[0]).norm()) > 1
+
+
+def test_the_weights_of_a_geometric_median_at_a_row_are_float64():
+    """The minimum is one of the rows, or the iteration starts at a row: the mean of all rows."""
+    for rows in ([[1.0], [1.0], [1.0], [900.0]], [[-3.0, 0.0], [3.0, 0.0], [0.0, 3.0], [0.0, -3.0], [0.0, 0.0]]):
+        weights = GeometricMedian().row_weights(torch.tensor(rows))
+        assert weights.dtype == torch.float64 and abs(float(weights.sum()) - 1) < 1e-12
+    assert weights.tolist() == [0, 0, 0, 0, 1]

@@ -182,9 +182,9 @@ def _step_of_weiszfeld(squares: Tensor, distances: Tensor) -> Tensor:
     inner = (squares[k][:, None] + squares[k][None, :] - squares) / 2  # of the differences to row k
     force = (pulls @ inner @ pulls).clamp(min=0).sqrt()
     if float(force) <= float(count):
-        return here / count
+        return here.to(distances) / count
     stay = count / force
-    return (1 - stay) * pulls / pulls.sum() + stay * here / count
+    return (1 - stay) * pulls / pulls.sum() + stay * here.to(distances) / count
 
 
 @dataclass(frozen=True, repr=False)
