@@ -8,7 +8,8 @@
    optional bias, an optional ReLU and an optional max pool. ReLU and max pool commute.
 
        maps      [row][y][x][channel], with a frame of zeros if the next convolution pads
-       weights   [panel][tap][NR]: NR adjacent output channels; a tap is (ky, kx, channel)
+       weights   [panel][tap][NR]: NR adjacent output channels; a tap is (ky, kx, channel). The panel of a layer with at
+                 most VL output channels has VL, so that it computes no vector of zeros.
 
    `tile` computes all products: MR × NR sums at once, one factor is broadcast, the other is read as vectors. */
 
@@ -149,6 +150,7 @@ typedef struct {
     I in_stride;           /* numbers from one row's input to the next */
     I taps;                /* of one output: kernel_y · kernel_x · channels */
     I run, runs;           /* adjacent taps in the input, and the number of runs */
+    I wide;                /* output channels of a panel: NR, or VL */
     I padded_out;          /* output channels, rounded up to whole panels */
     I pixels;              /* outputs of one row */
     int flat;              /* the kernel covers the input: all rows are one matrix product */
@@ -199,9 +201,13 @@ typedef U VU __attribute__((vector_size(BYTES)));
 
 INLINE V choose(VZ mask, V a, V b) { return (V)((mask & (VZ)a) | (~mask & (VZ)b)); }
 
-/* n ≤ VL numbers at a distance of `step`; the remaining lanes are 0. */
+/* n ≤ VL numbers at a distance of `step`; the remaining lanes are 0. VL numbers from p on are in the buffer. */
 INLINE V gather(const REAL *p, I n, I step) {
-    if (n == VL && step == 1) return load(p);
+    if (step == 1) {
+        VZ lane;
+        for (Z i = 0; i < VL; i++) lane[i] = i;
+        return choose(lane < (Z)n, load(p), (V){0});
+    }
     REAL part[BYTES / sizeof(REAL)] = {0};
     for (I i = 0; i < n; i++) part[i] = p[i * step];
     return load(part);
@@ -246,12 +252,13 @@ typedef struct {
 /* Position of row m of a: it starts at a[m]; it starts at a[0] + m; or its terms are at a[term] + a_run + m. */
 enum { ROW_POINTERS = 0, ADJACENT_ROWS = 1, STRIDED_TERMS = 2 };
 
-/* s = Σ a[m][…] · b[…] for m rows and NR columns. */
-INLINE void tile(const int mr, const int layout, const REAL *const *a, const REAL *b, const Terms t, V (*s)[NV]) {
+/* s = Σ a[m][…] · b[…] for mr rows and nv vectors of columns. */
+INLINE void tile(const int mr, const int nv, const int layout, const REAL *const *a, const REAL *b, const Terms t,
+                 V (*s)[NV]) {
 #pragma GCC unroll 24
     for (int m = 0; m < mr; m++)
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) s[m][v] = (V){0};
+        for (int v = 0; v < nv; v++) s[m][v] = (V){0};
     for (I i = 0; i < t.runs; i++) {
         const REAL *p = b + i * t.b_run;
         I at = layout == STRIDED_TERMS ? t.a_run : i * t.a_run;
@@ -259,7 +266,7 @@ INLINE void tile(const int mr, const int layout, const REAL *const *a, const REA
             const REAL *own = layout == STRIDED_TERMS ? a[r] + at : a[0] + at;
             V read[NV];
 #pragma GCC unroll 2
-            for (int v = 0; v < NV; v++) {
+            for (int v = 0; v < nv; v++) {
                 read[v] = load(p + v * VL);
                 KEEP_IN_REGISTER(read[v]);
             }
@@ -267,7 +274,7 @@ INLINE void tile(const int mr, const int layout, const REAL *const *a, const REA
             for (int m = 0; m < mr; m++) {
                 const REAL x = layout == ROW_POINTERS ? a[m][at] : own[m];
 #pragma GCC unroll 2
-                for (int v = 0; v < NV; v++) s[m][v] += x * read[v];
+                for (int v = 0; v < nv; v++) s[m][v] += x * read[v];
             }
         }
     }
@@ -340,16 +347,16 @@ static void pack(const Layer *s, I count, const REAL *theta, REAL *packed) {
         const I area = t->kernel_y * t->kernel_x;
         REAL *w = packed + s->weights_at;
         memset(w, 0, sizeof(REAL) * s->padded_out * s->taps);
-        for (I p = 0; p < s->padded_out / NR; p++) {
-            const I outs = smaller(NR, t->out - p * NR);
-            const REAL *from = theta + t->weight + p * NR * s->taps;
-            REAL *to = w + p * s->taps * NR;
+        for (I p = 0; p < s->padded_out / s->wide; p++) {
+            const I outs = smaller(s->wide, t->out - p * s->wide);
+            const REAL *from = theta + t->weight + p * s->wide * s->taps;
+            REAL *to = w + p * s->taps * s->wide;
             I first = 0;
             for (; area == 1 && outs == NR && first + NR <= s->taps; first += NR)
                 transpose_square(from + first, s->taps, to + first * NR, NR);
             for (I o = 0; o < outs; o++)
                 for (I c = first; c < t->channels; c++)
-                    for (I i = 0; i < area; i++) to[(i * t->channels + c) * NR + o] = from[o * s->taps + c * area + i];
+                    for (I i = 0; i < area; i++) to[(i * t->channels + c) * s->wide + o] = from[o * s->taps + c * area + i];
         }
         memset(packed + s->bias_at, 0, sizeof(REAL) * s->padded_out);
         if (t->bias >= 0) memcpy(packed + s->bias_at, theta + t->bias, sizeof(REAL) * t->out);
@@ -403,20 +410,20 @@ static void unpack(const Layer *s, I count, const REAL *packed, const Destinatio
         const LayerSpec *t = &s->spec;
         const I area = t->kernel_y * t->kernel_x, taps = s->taps;
         const REAL *w = packed + s->weights_at;
-        for (I p = 0; p < s->padded_out / NR; p++) {
-            const I outs = smaller(NR, t->out - p * NR);
-            const REAL *panel = w + p * taps * NR;
+        for (I p = 0; p < s->padded_out / s->wide; p++) {
+            const I outs = smaller(s->wide, t->out - p * s->wide);
+            const REAL *panel = w + p * taps * s->wide;
             REAL block[NR * TRANSPOSE_RUN];
             if (area == 1) {
                 for (I r = 0; r < taps; r += TRANSPOSE_RUN) {
                     const I n = smaller(TRANSPOSE_RUN, taps - r);
                     I i = 0;
-                    for (; i + NR <= n; i += NR)
+                    for (; s->wide == NR && i + NR <= n; i += NR)
                         transpose_square(panel + (r + i) * NR, NR, block + i, TRANSPOSE_RUN);
                     for (; i < n; i++)
-                        for (I o = 0; o < outs; o++) block[o * TRANSPOSE_RUN + i] = panel[(r + i) * NR + o];
+                        for (I o = 0; o < outs; o++) block[o * TRANSPOSE_RUN + i] = panel[(r + i) * s->wide + o];
                     for (I o = 0; o < outs; o++)
-                        write_out(out, t->weight + (p * NR + o) * taps + r, block + o * TRANSPOSE_RUN, n);
+                        write_out(out, t->weight + (p * s->wide + o) * taps + r, block + o * TRANSPOSE_RUN, n);
                 }
                 continue;
             }
@@ -424,8 +431,8 @@ static void unpack(const Layer *s, I count, const REAL *packed, const Destinatio
                 for (I c = 0; c < t->channels; c++)
                     for (I i = 0; i < area; i += TRANSPOSE_RUN) {
                         const I n = smaller(TRANSPOSE_RUN, area - i);
-                        for (I j = 0; j < n; j++) block[j] = panel[((i + j) * t->channels + c) * NR + o];
-                        write_out(out, t->weight + ((p * NR + o) * t->channels + c) * area + i, block, n);
+                        for (I j = 0; j < n; j++) block[j] = panel[((i + j) * t->channels + c) * s->wide + o];
+                        write_out(out, t->weight + ((p * s->wide + o) * t->channels + c) * area + i, block, n);
                     }
         }
         if (t->bias >= 0) write_out(out, t->bias, packed + s->bias_at, t->out);
@@ -434,18 +441,18 @@ static void unpack(const Layer *s, I count, const REAL *packed, const Destinatio
 
 /* Weights with input and output exchanged: [run][panel of taps][output][NR]. */
 static void transpose(const Layer *s, const REAL *w, REAL *transposed) {
-    const I taps = up(s->run, NR);
+    const I taps = up(s->run, NR), wide = s->wide;
     for (I i = 0; i < s->runs; i++)
         for (I r = 0; r < taps; r += NR)
-            for (I p = 0; p < s->padded_out / NR; p++) {
-                REAL *to = transposed + ((i * taps + r) * s->padded_out) + p * NR * NR;
-                const REAL *from = w + (p * s->taps + i * s->run + r) * NR;
-                if (r + NR <= s->run) {
+            for (I p = 0; p < s->padded_out / wide; p++) {
+                REAL *to = transposed + ((i * taps + r) * s->padded_out) + p * wide * NR;
+                const REAL *from = w + (p * s->taps + i * s->run + r) * wide;
+                if (wide == NR && r + NR <= s->run) {
                     transpose_square(from, NR, to, NR);
                     continue;
                 }
-                for (I o = 0; o < NR; o++)
-                    for (I j = 0; j < NR; j++) to[o * NR + j] = r + j < s->run ? from[j * NR + o] : 0;
+                for (I o = 0; o < wide; o++)
+                    for (I j = 0; j < NR; j++) to[o * NR + j] = r + j < s->run ? from[j * wide + o] : 0;
             }
 }
 
@@ -466,28 +473,30 @@ INLINE Position next_position(const Layer *s, Position p) {
     return p;
 }
 
-INLINE void output_tile(const int mr, const REAL *const *a, const REAL *b, const Terms t, const REAL *bias, REAL *out,
-                        I padded_out) {
+INLINE void output_tile(const int mr, const int nv, const REAL *const *a, const REAL *b, const Terms t,
+                        const REAL *bias, REAL *out, I padded_out) {
     V c[MR][NV];
-    tile(mr, ROW_POINTERS, a, b, t, c);
+    tile(mr, nv, ROW_POINTERS, a, b, t, c);
 #pragma GCC unroll 24
     for (int m = 0; m < mr; m++)
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) store(out + m * padded_out + v * VL, c[m][v] + load(bias + v * VL));
+        for (int v = 0; v < nv; v++) store(out + m * padded_out + v * VL, c[m][v] + load(bias + v * VL));
 }
 
 /* One panel of the outputs of some rows, [pixel][padded_out]. */
 static void forward_panel(const Layer *s, I p, const REAL *const *in, I rows, const REAL *w, const REAL *bias,
                           REAL *out) {
-    const I n = rows * s->pixels;
-    const REAL *panel = w + p * s->taps * NR;
-    const Terms t = {s->runs, s->run, s->frame_x * s->spec.channels, 1, s->run * NR, NR};
+    const I n = rows * s->pixels, wide = s->wide;
+    const REAL *panel = w + p * s->taps * wide;
+    const Terms t = {s->runs, s->run, s->frame_x * s->spec.channels, 1, s->run * wide, wide};
     Position at = {0};
     for (I q = 0, mr; q < n; q += mr) {
         mr = tile_height(n - q);
         const REAL *a[MR];
+        REAL *to = out + q * s->padded_out + p * wide;
         for (I m = 0; m < mr; m++, at = next_position(s, at)) a[m] = in[at.row] + at.at;
-#define CALL(mr) output_tile(mr, a, panel, t, bias + p * NR, out + q * s->padded_out + p * NR, s->padded_out)
+#define CALL(mr) wide == NR ? output_tile(mr, NV, a, panel, t, bias + p * wide, to, s->padded_out)                     \
+                            : output_tile(mr, 1, a, panel, t, bias + p * wide, to, s->padded_out)
         CASES(mr, CALL)
 #undef CALL
     }
@@ -552,29 +561,35 @@ static void pool_relu_backward(const Layer *s, const REAL *grad, const REAL *act
 
 INLINE void input_tile(const int mr, const REAL *const *a, const REAL *b, const Terms t, REAL *const *to, int adds) {
     V c[MR][NV];
-    tile(mr, ROW_POINTERS, a, b, t, c);
+    tile(mr, NV, ROW_POINTERS, a, b, t, c);
 #pragma GCC unroll 24
     for (int m = 0; m < mr; m++) /* one after the other, because adjacent kernels overlap */
 #pragma GCC unroll 2
         for (int v = 0; v < NV; v++) store(to[m] + v * VL, adds ? load(to[m] + v * VL) + c[m][v] : c[m][v]);
 }
 
-/* The gradient of some rows' inputs. A linear layer writes it; a convolution adds the overlapping kernels. */
+/* The gradient of some rows' inputs. A linear layer writes it; a convolution, of one row, adds the overlapping kernels.
+   Its outputs are taken column by column: two outputs of one column add to different lines of the input, so that no sum
+   waits for the one before. Each number is added in the same order as line by line. */
 static void input_gradient(const Layer *s, const REAL *dy, I rows, const REAL *transposed, REAL *grad) {
-    const I taps = up(s->run, NR), n = rows * s->pixels;
-    const Terms t = {1, s->spec.out, 0, 1, 0, NR};
+    const LayerSpec *t = &s->spec;
+    const I taps = up(s->run, NR), n = rows * s->pixels, line = s->frame_x * t->channels;
+    const Terms terms = {1, t->out, 0, 1, 0, NR};
     for (I i = 0; i < s->runs; i++)
         for (I r = 0; r < taps; r += NR) {
             const REAL *panel = transposed + (i * taps + r) * s->padded_out;
-            REAL *first = grad + i * s->frame_x * s->spec.channels + r;
-            Position at = {0};
+            REAL *first = grad + i * line + r;
+            I y = 0, x = 0;
             for (I q = 0, mr; q < n; q += mr) {
                 mr = tile_height(n - q);
                 const REAL *a[MR];
                 REAL *to[MR];
-                for (I m = 0; m < mr; m++, at = next_position(s, at))
-                    a[m] = dy + (q + m) * s->padded_out, to[m] = first + at.row * s->in_stride + at.at;
-#define CALL(mr) input_tile(mr, a, panel, t, to, !s->flat)
+                for (I m = 0; m < mr; m++) {
+                    a[m] = dy + (s->flat ? q + m : y * t->out_x + x) * s->padded_out;
+                    to[m] = first + (s->flat ? (q + m) * s->in_stride : y * t->stride_y * line + x * t->stride_x * t->channels);
+                    if (++y == t->out_y) y = 0, x++;
+                }
+#define CALL(mr) input_tile(mr, a, panel, terms, to, !s->flat)
                 CASES(mr, CALL)
 #undef CALL
             }
@@ -632,17 +647,17 @@ INLINE void prefetch_lines(Prefetch *c, I n) {
     }
 }
 
-INLINE void weight_tile(const int mr, const int layout, const REAL *const *a, const REAL *b, const Terms t, REAL factor,
+INLINE void weight_tile(const int mr, const int nv, const int layout, const REAL *const *a, const REAL *b, const Terms t, REAL factor,
                         const REAL *from, REAL *to, const Rule *rule, I place) {
     V c[TALL][NV];
-    tile(mr, layout, a, b, t, c);
+    tile(mr, nv, layout, a, b, t, c);
     if (rule) {
         const Rule r = *rule; /* a copy, which no store can change */
 #pragma GCC unroll 24
         for (int m = 0; m < mr; m++)
 #pragma GCC unroll 2
-            for (int v = 0; v < NV; v++) {
-                const I at = m * NR + v * VL;
+            for (int v = 0; v < nv; v++) {
+                const I at = m * nv * VL + v * VL;
                 store(to + at, stepped(&r, place + at, load(from + at), c[m][v]));
             }
         return;
@@ -652,8 +667,8 @@ INLINE void weight_tile(const int mr, const int layout, const REAL *const *a, co
 #pragma GCC unroll 24
     for (int m = 0; m < mr; m++)
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) {
-            const I at = m * NR + v * VL;
+        for (int v = 0; v < nv; v++) {
+            const I at = m * nv * VL + v * VL;
             store(to + at, (from ? load(from + at) : (V){0}) + f * c[m][v]);
         }
 }
@@ -670,29 +685,34 @@ typedef struct {
 static void weight_gradient(const Layer *s, I p, const REAL *const *in, const REAL *dy, I rows, REAL factor, Sink sink,
                             Prefetch *prefetch) {
     const LayerSpec *t = &s->spec;
-    const I line = s->frame_x * t->channels, runs = s->flat ? 1 : t->out_y, n = s->flat ? rows : t->out_x;
+    const I wide = s->wide, line = s->frame_x * t->channels, runs = s->flat ? 1 : t->out_y, n = s->flat ? rows : t->out_x;
     Terms terms = {runs, n, t->stride_y * line, s->flat ? 0 : t->stride_x * t->channels, n * s->padded_out,
                    s->padded_out};
-    const REAL *b = dy + p * NR;
-    const REAL *from = sink.from ? sink.from + p * s->taps * NR : 0;
-    REAL *to = sink.to + p * s->taps * NR;
-    I place = s->weights_at + p * s->taps * NR; /* of `to` in the packed weights */
+    const REAL *b = dy + p * wide;
+    const REAL *from = sink.from ? sink.from + p * s->taps * wide : 0;
+    REAL *to = sink.to + p * s->taps * wide;
+    I place = s->weights_at + p * s->taps * wide; /* of `to` in the packed weights */
     for (I i = 0; i < s->runs; i++)
         for (I q = 0, mr; q < s->run; q += mr) {
             const I left = s->run - q;
             mr = TALL > MR && left >= TALL ? TALL : tile_height(left);
             const REAL *a = in[0] + i * line + q;
             if (s->flat) terms.a_run = q;
-#define CALL(mr) s->flat ? weight_tile(mr, STRIDED_TERMS, in, b, terms, factor, from, to, sink.rule, place)            \
-                         : weight_tile(mr, ADJACENT_ROWS, &a, b, terms, factor, from, to, 0, 0)
-            if (mr > MR) CALL(TALL);
-            else CASES(mr, CALL)
+#define TILE(mr, nv) s->flat ? weight_tile(mr, nv, STRIDED_TERMS, in, b, terms, factor, from, to, sink.rule, place)     \
+                             : weight_tile(mr, nv, ADJACENT_ROWS, &a, b, terms, factor, from, to, 0, 0)
+#define CALL(mr) if (wide == NR) TILE(mr, NV); else TILE(mr, 1)
+            if (mr > MR) {
+                CALL(TALL);
+            } else {
+                CASES(mr, CALL)
+            }
 #undef CALL
-            to += mr * NR, place += mr * NR;
-            if (from) from += mr * NR; /* 0 + 0 is undefined in C */
+#undef TILE
+            to += mr * wide, place += mr * wide;
+            if (from) from += mr * wide; /* 0 + 0 is undefined in C */
             if (prefetch) prefetch_lines(prefetch, PREFETCH_LINES);
         }
-    for (I v = p * NR; t->bias >= 0 && v < (p + 1) * NR; v += VL) {
+    for (I v = p * wide; t->bias >= 0 && v < (p + 1) * wide; v += VL) {
         V c = {0};
         for (I q = 0; q < runs * n; q++) c += load(dy + q * s->padded_out + v);
         if (sink.rule)
@@ -830,7 +850,7 @@ static I forward_backward(const JobThreads *shared, Scratch *scratch, const I *r
         first_rows[b] = read_row(job, s, rows[b], room + s->in + scratch->table * s->input_pitch + b * s->in_stride);
     for (I k = 0; k < count; k++, s++) {
         const REAL **in = k ? rows_in : first_rows;
-        const I panels = s->padded_out / NR;
+        const I panels = s->padded_out / s->wide;
         for (I b = 0; k && b < n; b++) rows_in[b] = room + s->in + b * s->in_stride;
         if (s->flat) {
             for (I p = 0; p < panels; p++) {
@@ -863,7 +883,7 @@ static I forward_backward(const JobThreads *shared, Scratch *scratch, const I *r
         const REAL **in = k ? rows_in : first_rows, *next = room + s[1].grad, *act = room + s[1].in;
         REAL *grad = k ? room + s->grad : 0, *g = scratch->g + s->weights_at, *gb = scratch->g + s->bias_at;
         REAL *w = scratch->w + s->weights_at, *wb = scratch->w + s->bias_at;
-        const I panels = s->padded_out / NR;
+        const I panels = s->padded_out / s->wide;
         for (I b = 0; k && b < n; b++) rows_in[b] = room + s->in + b * s->in_stride;
         if (k) transpose(s, w, scratch->transposed);
         if (s->flat) {
@@ -903,7 +923,7 @@ static I forward_backward(const JobThreads *shared, Scratch *scratch, const I *r
 static void flush(const JobThreads *shared, Scratch *scratch) {
     const Layer *s = shared->layers;
     const REAL *from = current_weights(shared, scratch);
-    for (I p = 0; p < s->padded_out / NR; p++) apply_pending(shared, scratch, p);
+    for (I p = 0; p < s->padded_out / s->wide; p++) apply_pending(shared, scratch, p);
     if (!scratch->pending_rows && scratch->fresh) memcpy(scratch->w, from, sizeof(REAL) * (s->bias_at + s->padded_out));
     scratch->pending_rows = scratch->fresh = 0;
 }
@@ -1067,7 +1087,8 @@ static void plan_buffers(JobThreads *shared) {
         s->flat = s->pixels == 1 && s->taps == (t->height + 2 * t->pad_y) * s->frame_x * t->channels;
         s->runs = s->frame_x == t->kernel_x ? 1 : t->kernel_y;
         s->run = s->taps / s->runs;
-        s->padded_out = up(t->out, NR);
+        s->wide = t->out > VL ? NR : VL;
+        s->padded_out = up(t->out, s->wide);
         s->weights_at = at, at += s->padded_out * s->taps;
         s->bias_at = at, at += s->padded_out;
         s->input_pitch = shared->rows * s->in_stride + NR;
