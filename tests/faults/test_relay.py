@@ -16,7 +16,9 @@ from test_statistics import bare
 
 from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.data import csv
+from atoll.engine.protocols import RunOptions
 from atoll.net import wire
+from atoll.net.engine import ServerEngine
 from atoll.net.home import ServerHome
 from atoll.net.join import join_federation, run_relay
 from atoll.net.policy import Policy
@@ -135,6 +137,32 @@ def test_a_relay_receives_one_model_and_sends_one_sum_for_any_number_of_clients(
     assert down[2] == down[8]
     numbers = 650 if model == "softmax" else models[0] // 4
     assert all(size <= 24 * numbers for sizes in up.values() for size in sizes), up
+
+
+def test_the_home_of_a_relay_is_no_home_of_a_server(tmp_path):
+    at = ServerHome.open(tmp_path / "ward")
+    at.database.put("address", "127.0.0.1:1")
+    at.database.put("relay", "1")
+    assert [at.invite(name, None, None, 1) for name in ("north", "south")]
+    assert [client.id for client in at.database.clients()] == [wire.RELAYS, wire.RELAYS + 1]
+    at.database.renumber({"north": 4})
+    assert [(c.id, c.name) for c in at.database.clients()] == [(4, "north"), (wire.RELAYS + 1, "south")]
+    at.close()
+    with pytest.raises(UsageError, match="home of a relay"):
+        ServerEngine(Server(str(tmp_path / "ward")), RunOptions())
+    root = ServerHome.open(tmp_path / "root")
+    root.database.put("address", "127.0.0.1:1")
+    ward = root.database.invite("ward", bytes(32), 1 << 40, relay=True)
+    root.database.invite("west", bytes(range(32)), 1 << 40, limit=3)
+    assert ward == wire.RELAYS
+    assert root.database.number_leaves("ward", ("north", "south", "east"), 3) == (1, 2, wire.RELAYS)
+    assert root.database.number_leaves("ward", ("south", "north"), 3) == (2, 1)
+    for name, relay, fault in (("ward", False, "with --relay"), ("west", True, "without --relay")):
+        with pytest.raises(UsageError, match=fault):
+            root.invite(name, None, None, 1, relay=relay)
+    with pytest.raises(UsageError, match="client of the relay 'ward'"):
+        root.database.revoke("ward/north")
+    root.close()
 
 
 class Killed(BaseException):

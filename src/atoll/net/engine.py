@@ -126,6 +126,10 @@ class ServerEngine(Engine):
     def __init__(self, spec: Server, options: RunOptions) -> None:
         self.spec, self._options = spec, options
         self.home = ServerHome.open(Path(spec.home))
+        if self.home.is_relay:
+            self.home.close()
+            write = Line(shell=f"atoll relay --home {spec.home}")
+            raise UsageError(f"{spec.home} is the home of a relay.", "a home of its own for a server.", write=write)
         self.run, self.epoch = "", 0
         self.notify: Callable[[Mapping[str, Any]], None] = lambda facts: None
         self.charge: Callable[[], None] = lambda: None  # for another attempt of a round with noise

@@ -432,7 +432,9 @@ class Database:
             else:
                 client = int(found[0])
                 if relay != (client >= RELAYS) and not self._meta("user.relay"):
-                    raise UsageError(f"{name!r} was invited {'without' if relay else 'with'} --relay.", "another name.")
+                    again = Line(shell=f"atoll invite {name}{'' if relay else ' --relay'}")
+                    given = f"{name!r} was invited {'without' if relay else 'with'} --relay."
+                    raise UsageError(given, "another name, or the same kind.", write=again)
                 if san is not None and san != found[1]:
                     self._check_san(db, name, san)
                     db.execute("UPDATE clients SET san = ?, pinned = 0 WHERE id = ?", (san, client))

@@ -152,7 +152,9 @@ class Serving:
         address: str = self._engine.net.address
         return address
 
-    def invite(self, name: str, *, address: str | None = None, san: str | None = None, days: float = 7.0) -> str:
+    def invite(
+        self, name: str, *, address: str | None = None, san: str | None = None, days: float = 7.0, relay: bool = False
+    ) -> str:
         """Make a token, with which one client joins.
 
         Args:
@@ -160,12 +162,13 @@ class Serving:
             address: HOST:PORT for the site to dial; None: the one that the server listens on.
             san: the alternative name under your own authority.
             days: the days until the token expires.
+            relay: whether the token is for `atoll relay`.
         Returns:
             The text of the token. It contains a secret.
         Raises:
             UsageError: the name or the address is not valid, or the run has no further place.
         """
-        return self._engine.home.invite(name, address, san, days).text()
+        return self._engine.home.invite(name, address, san, days, relay).text()
 
     def rounds(self) -> Iterator[Report]:
         """Wait for the clients and train: one report after each committed round. A `break` ends the server later.
