@@ -28,6 +28,7 @@ from torch import nn
 
 from atoll.base.errors import Note, UsageError
 from atoll.base.lines import Change
+from atoll.base.names import with_noun
 from atoll.data.arrays import arrays, tensor_of
 from atoll.data.clients import Clients
 from atoll.data.input import Input
@@ -91,7 +92,8 @@ def _train(estimator: Any, data: Clients, model: Any, rounds: int) -> None:
         **estimator._loss_settings(),
     )
     if estimator.verbose:
-        print(f"{type(estimator).__name__}: {run.rounds} rounds, loss {run.metrics['loss']:.4g}. {run.reason}")
+        length = with_noun(run.rounds, "round")
+        print(f"{type(estimator).__name__}: {length}, loss {run.metrics['loss']:.4g}. {run.reason}")
     estimator.run_ = run
     predictor = run.predictor
     estimator.module_, estimator.input_ = predictor.model, predictor.input
@@ -161,7 +163,7 @@ class FederatedClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Attributes:
         classes_: the classes in ascending order.
         n_iter_: the number of rounds.
-        history_: the metrics of each round.
+        history_: the training loss of each round, the norm of its update, and the rate of the server.
         module_: the model, which takes prepared rows; `input_`: the map from rows to tensors.
         run_: the run. A pickled estimator does not contain it.
         coef_, intercept_: of a linear model, in the units of the user's columns.
@@ -400,7 +402,7 @@ def _continue(estimator: Any, X: Array, y: Array, owner: ArrayLike | None, model
     """One more round, from the current model and with its input."""
     if hasattr(estimator, "module_"):
         estimator._rounds_before = estimator.n_iter_
-        model = copy.deepcopy(estimator.module_)
+        model = copy.deepcopy(estimator.module_).train()  # predictions need evaluation mode
         given, estimator.input = estimator.input, estimator.input_
         try:
             data = _clients(estimator, X, y, owner, classes)

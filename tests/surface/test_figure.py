@@ -1,6 +1,7 @@
 """Lines and bands of any number of runs: numpy's means and deviations, notes, files and refusals."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_a_figure_has_a_line_and_a_band_for_each_group_and_equal_bytes(grid, tmp
     text = files[0].read_text()
     assert files[1].read_text() == text and 'width="316.8"' in text
     assert "gd(0.1) (n=3)" in text and "± sd" in text and text.count("<text") > 5
-    marks = atoll.compare("r*").figure().rows[0][0].marks
+    marks = atoll.compare("r*").figure().drawing.rows[0][0].marks
     assert [type(mark).__name__ for mark in marks] == ["Band", "Band", "Series", "Series"]
     pdfs = [atoll.compare("r*").save(tmp_path / f"{i}.pdf").read_bytes() for i in range(2)]
     assert pdfs[0] == pdfs[1] and pdfs[0][:4] == b"%PDF"
@@ -97,7 +98,12 @@ def test_a_figure_has_a_line_and_a_band_for_each_group_and_equal_bytes(grid, tmp
 def test_different_held_out_rows_have_panels_and_no_winner(grid, tmp_path):
     made(tmp_path / "runs" / "s0", [0.1, 0.9], recipe="other", rows="B")
     found = atoll.compare("r*", "s0")
-    assert [panel.title for panel in found.figure().rows[0]] == ["held-out rows 1", "held-out rows 2"]
+    figure = found.figure()
+    assert [panel.title for panel in figure.drawing.rows[0]] == ["held-out rows 1", "held-out rows 2"]
+    assert figure._repr_mimebundle_()["image/svg+xml"].startswith("<svg") and len(repr(figure)) < 400
+    # A title fills a narrow panel, so the remark is below it.
+    heights = re.findall(r'y="([\d.]+)"[^>]*>(held-out rows 1|± sd)<', found.save(tmp_path / "narrow.svg").read_text())
+    assert len(heights) == 2 and float(heights[0][0]) < float(heights[1][0])
     assert not found.same_rows and "*" not in found.text() and "no winner" in found.notes[-1]
     made(tmp_path / "runs" / "u0", [0.1, 0.9], recipe="unknown", rows="")
     assert "not known" in atoll.compare("u0", "r00").notes[-1]

@@ -226,7 +226,8 @@ def test_bad_tables_are_refused(run, tmp_path, capsys, change, flags, match):
     folder, found = run
     change(pandas.read_csv(folder / "new.csv")).to_csv(tmp_path / "bad.csv", index=False)
     assert answer(["predict", str(found.path), str(tmp_path / "bad.csv"), *flags]) == 2
-    assert match in capsys.readouterr().err
+    written = capsys.readouterr()
+    assert match in written.err and not written.out
 
 
 def test_other_faults_of_a_run(run, tmp_path, capsys):

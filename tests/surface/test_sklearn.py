@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -120,8 +121,10 @@ def test_partial_fit_continues_with_the_scale_of_the_first_call(iris) -> None:
     model = FederatedClassifier(recipe="fedavg(lr=0.5)", clients=5)
     model.partial_fit(X, y, classes=[0, 1, 2])
     first = model.input_
-    for _ in range(4):
-        model.partial_fit(X, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Note)  # the fitted module is in evaluation mode
+        for _ in range(4):
+            model.partial_fit(X, y)
     assert model.input_.statistics == first.statistics and model.n_iter_ == 5
     assert model.score(X, y) > 0.8
     with pytest.raises(ValueError, match="not in classes"):

@@ -245,9 +245,12 @@ class _CsvWriter:
     def __init__(self, file: IO[str], names: Sequence[str]) -> None:
         self.file = file
         self.rows = csv.writer(file, lineterminator="\n")
-        self.rows.writerow(names)
+        self.names = names
 
     def write(self, batch: RowBatch, header: Sequence[str], added: dict[str, Any]) -> None:
+        if self.names:  # not earlier: rows that are refused leave no output
+            self.rows.writerow(self.names)
+            self.names = ()
         texts = {name: _strings(values) for name, values in added.items()}
         if header and batch.arrow is not None and self._by_arrow(batch.arrow, texts):
             return

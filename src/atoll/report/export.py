@@ -10,9 +10,12 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from atoll.base.errors import UsageError, unknown_name
+from atoll.base.files import atomic_write
 from atoll.base.lines import Line
 from atoll.report.chart import Band, Boxes, Drawing, Mark, Panel, Points, ReferenceLine, Series, fit
 from atoll.report.svg import HALF, WIDE, extent, palette, svg
@@ -52,6 +55,42 @@ def _without_matplotlib(suffix: str) -> UsageError:
         "the extra atoll[plots], or an SVG.",
         write="pip install 'atoll[plots]'",
     )
+
+
+@dataclass(frozen=True, repr=False)
+class Plot:
+    """A chart that a notebook shows at the end of a cell, and that `save` writes.
+
+    Args:
+        drawing: its panels.
+    """
+
+    drawing: Drawing
+
+    def __repr__(self) -> str:
+        return f"Plot({self.drawing.alt!r})"[:400]
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"text/plain": repr(self), "image/svg+xml": rendered(self.drawing, "svg").decode()}
+
+    def save(self, path: str | Path, width: float = 6.5) -> Path:
+        """Write the chart as .svg, .png or .pdf. Equal charts give equal bytes.
+
+        Args:
+            path: the file.
+            width: the width in inches, > 0 and < 100.
+        Returns:
+            the path of the file.
+        Raises:
+            UsageError: an unknown suffix, or a PDF or PNG without the extra `atoll[plots]`.
+        """
+        if not 0 < width < 100:
+            raise UsageError(f"width = {width}.", "inches, > 0 and < 100.", write=Line("width=3.3", "--width 3.3"))
+        file = Path(path)
+        data = rendered(self.drawing, file.suffix[1:] or "none", 96 * width)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, data)
+        return file
 
 
 def rendered(drawing: Drawing, suffix: str, width: float = 0.0) -> bytes:

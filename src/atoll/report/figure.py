@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from atoll.base.errors import UsageError
-from atoll.base.lines import Line
 from atoll.base.markup import html_table, mimebundle
 from atoll.report.comparison import Curve
 from atoll.report.flight_log import Numbers
@@ -26,7 +24,8 @@ from atoll.runs.format import format_number, label, rises
 from atoll.runs.frames import Backend, frame_of_columns
 
 if TYPE_CHECKING:
-    from atoll.report.chart import Drawing, Unit
+    from atoll.report.chart import Unit
+    from atoll.report.export import Plot
 
 X = Literal["round", "bytes", "seconds", "clock"]
 Spread = Literal["sd", "range", "ci"]
@@ -179,8 +178,8 @@ class Comparison:
         names = ("line", "n", "round", "x", "mean", "sd", "low", "high")
         return frame_of_columns(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)), backend, "frame()")
 
-    def figure(self, band: Spread = "sd") -> Drawing:
-        """The lines, one panel for each set of held-out rows.
+    def figure(self, band: Spread = "sd") -> Plot:
+        """The lines, one panel for each set of held-out rows. A notebook shows it at the end of a cell.
 
         Args:
             band: "sd": mean ± standard deviation; "range": the smallest and the largest value; "ci": the 95 % interval
@@ -188,9 +187,10 @@ class Comparison:
         Raises:
             UsageError: an unknown band, or more than 16 lines.
         """
-        from atoll.report.figure_drawing import figure_drawing  # a table needs no charts
+        from atoll.report.export import Plot  # a table needs no charts
+        from atoll.report.figure_drawing import figure_drawing
 
-        return figure_drawing(self, band)
+        return Plot(figure_drawing(self, band))
 
     def save(self, path: str | Path, band: Spread = "sd", width: float = 3.3) -> Path:
         """Write the figure (.svg, .pdf, .png) or the table (.csv, .tex, .md). Equal runs give equal bytes.
@@ -205,18 +205,12 @@ class Comparison:
             UsageError: an unknown suffix, or a PDF or PNG without the extra `atoll[plots]`.
         """
         from atoll.base.files import atomic_write
-        from atoll.report.export import rendered
 
         file = Path(path)
-        if file.suffix in TABLES:
-            data = self.table(file.suffix).encode()
-        elif not 0 < width < 100:
-            write = Line("width=3.3", "--width 3.3")
-            raise UsageError(f"width = {width}.", "inches, > 0 and < 100.", write=write)
-        else:
-            data = rendered(self.figure(band), file.suffix[1:] or "none", 96 * width)
+        if file.suffix not in TABLES:
+            return self.figure(band).save(file, width)
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, data)
+        atomic_write(file, self.table(file.suffix).encode())
         return file
 
     def rows(self) -> list[dict[str, Any]]:

@@ -7,58 +7,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from atoll.base.errors import UsageError, unknown_name
-from atoll.base.files import atomic_write
 from atoll.base.lines import Line
 from atoll.report.chart import Axis, Drawing, Panel, Series, suits_log
-from atoll.report.export import rendered
+from atoll.report.export import Plot
 from atoll.report.figure import AXES
 from atoll.runs.format import label, rises
 
 _COSTS = {"bytes": ("bytes_up", "bytes_down"), "seconds": ("seconds",)}
 
 
-@dataclass(frozen=True, repr=False)
-class RunPlot:
-    """The figure of `run.plot`.
-
-    Args:
-        drawing: its panels.
-    """
-
-    drawing: Drawing
-
-    def __repr__(self) -> str:
-        return f"RunPlot({self.drawing.alt!r})"[:400]
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        return {"text/plain": repr(self), "image/svg+xml": rendered(self.drawing, "svg").decode()}
-
-    def save(self, path: str | Path, width: float = 6.5) -> Path:
-        """Write the figure as .svg, .png or .pdf. Equal runs give equal bytes.
-
-        Args:
-            path: the file.
-            width: the width in inches, > 0 and < 100.
-        Returns:
-            the path of the file.
-        Raises:
-            UsageError: an unknown suffix, or a PDF or PNG without the extra `atoll[plots]`.
-        """
-        if not 0 < width < 100:
-            raise UsageError(f"width = {width}.", "inches, > 0 and < 100.", write=Line(python="width=6.5"))
-        file = Path(path)
-        data = rendered(self.drawing, file.suffix[1:] or "none", 96 * width)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, data)
-        return file
-
-
-def run_plot(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], x: str) -> RunPlot:
+def run_plot(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], x: str) -> Plot:
     """Draw columns of a run, one panel each.
 
     Args:
@@ -69,7 +30,7 @@ def run_plot(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], x: str) 
         UsageError: an unknown column or axis, or a run without virtual time.
     Example:
         >>> run_plot([{"round": 0, "loss": 2.0}, {"round": 1, "loss": 1.0}], ["loss"], "round")
-        RunPlot('training loss by round.')
+        Plot('training loss by round.')
     """
     if x not in AXES:
         raise unknown_name("axis", x, AXES, lambda near: Line(python=f'x="{near}"'))
@@ -86,7 +47,7 @@ def run_plot(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], x: str) 
         line = Series([p for p, _ in points], values, f"s{at % 8}")
         panels.append(Panel([line], label(name), x=Axis(*AXES[x]), y=Axis(log=log), names="none"))
     alt = f"{', '.join(label(name) for name in metrics)} by {x}."
-    return RunPlot(Drawing("plot", alt, [panels[i : i + 2] for i in range(0, len(panels), 2)], len(panels) > 1, 0.6))
+    return Plot(Drawing("plot", alt, [panels[i : i + 2] for i in range(0, len(panels), 2)], len(panels) > 1, 0.6))
 
 
 def _places(rows: Sequence[Mapping[str, Any]], x: str) -> list[float]:

@@ -117,7 +117,11 @@ class _Frame:
         self.y = fit(panel.y, ys, max(2, int((bottom - top) / 45)))
         self.legend = self._legend()
         foot = 8.0 + (_LINE if panel.x.ticks is None or panel.x.ticks else 0) + (_LINE if panel.x.label else 0)
-        head = 12.0 + (16.0 if panel.title or panel.remark else 0) + _LINE * len(self.legend)
+        self.room = int((right - left) / _LETTER - 7.5 / _LETTER * len(panel.title)) - 6  # letters next to the title
+        self.below = (
+            _LINE if panel.title and panel.remark and self.room < 8 else 0.0
+        )  # the remark has a line of its own
+        head = 12.0 + (16.0 if panel.title or panel.remark else 0) + self.below + _LINE * len(self.legend)
         ends = max((len(name) for _, name, _ in self._ends()), default=0)
         labels = max((len(text) for _, text in self.y.ticks), default=0)
         side = 14.0 + (_LINE if panel.y.label else 0) + min(130.0, labels * _LETTER)
@@ -143,9 +147,8 @@ class _Frame:
         if p.title:
             yield f'<text class="t" x="{_n(left + 14)}" y="{_n(top + 19)}">{_text(p.title)}</text>'
         if p.remark:
-            room = int((right - left) / _LETTER - 7.5 / _LETTER * len(p.title)) - 6
-            words = _text(p.remark, max(8, room))
-            yield f'<text x="{_n(right - 14)}" y="{_n(top + 19)}" text-anchor="end">{words}</text>'
+            words = _text(p.remark, max(8, int((right - left - 28) / _LETTER) if self.below else self.room))
+            yield f'<text x="{_n(right - 14)}" y="{_n(top + 19 + self.below)}" text-anchor="end">{words}</text>'
         yield from self._legend_elements()
         yield from self._axes()
         crosses = 0
@@ -298,7 +301,7 @@ class _Frame:
         return rows
 
     def _legend_elements(self) -> Iterator[str]:
-        y = self.outer[1] + (34.0 if self.panel.title or self.panel.remark else 18.0)
+        y = self.outer[1] + (34.0 if self.panel.title or self.panel.remark else 18.0) + self.below
         for row in self.legend:
             x = self.outer[0] + 14
             for kind, name, colour in row:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from atoll.base.intervals import Interval
+from atoll.base.names import with_noun
 from atoll.compute.metric_names import OVER_CLIENTS, PERSONAL, base_metric
 from atoll.runs.confusion import FILE, Confusion
 from atoll.runs.format import better, duration, format_number, label, plain, rises, size, whole
@@ -162,7 +163,7 @@ def spent(rounds: int, seconds: float, up: int, down: int, now: float | None = N
     """
     clock = "" if now is None else f", {duration(now)} on the clock"
     command = "" if wall is None else f" of {duration(wall)}"
-    return f"spent   {rounds} rounds, {duration(seconds)}{command}, ↑ {size(up)} ↓ {size(down)}{clock}"
+    return f"spent   {with_noun(rounds, 'round')}, {duration(seconds)}{command}, ↑ {size(up)} ↓ {size(down)}{clock}"
 
 
 def following(run: Summarized) -> str:
