@@ -9,6 +9,8 @@ from network import Federation, eventually, rows_of
 from sites import SITES, Served, experiment, write_tables
 
 from atoll.data import csv
+from atoll.net import server
+from atoll.net.engine import ServerEngine
 from atoll.net.site import Site
 
 SET = {"model": "softmax", "numerics": "fused", "report": "false", "held_out": 0}
@@ -132,3 +134,19 @@ def test_a_round_that_starts_more_clients_ends_with_the_first(tmp_path, monkeypa
     ended = closed(it, 3)
     release.set()
     assert ended and [(report.arrived, report.late) for report in reports(it)] == [(2, 1)] * 3
+
+
+@pytest.mark.parametrize(("pace", "together"), [("Sync()", {3}), ("Buffered(1)", {1})])
+def test_the_messages_of_a_round_are_folded_in_one_call_once_they_can_close_it(tmp_path, monkeypatch, pace, together):
+    """A message waits for the others of its round, here without end, and no longer than the pace does."""
+    counts, fold = [], ServerEngine._fold_some
+
+    def counted(engine, group):
+        counts.append(len(group))
+        return fold(engine, group)
+
+    monkeypatch.setattr(server, "COLLECT_S", 3600.0)
+    monkeypatch.setattr(ServerEngine, "_fold_some", counted)
+    it, release = paced(tmp_path, monkeypatch, pace, SITES if pace == "Sync()" else SITES[:1])
+    release.set()
+    assert len(reports(it)) == 3 and set(counts) == together

@@ -66,6 +66,11 @@ class ArrivalLoop:
         """The numbers of the flights that have not ended, ascending."""
         return self._round.in_the_air()
 
+    @property
+    def missing(self) -> int:
+        """The number of arrivals, at least 1, before which the pace neither closes the round nor starts a client."""
+        return 1 if self._plan.pace.asynchronous else max(1, self._round.wanted - self._round.arrived)
+
     def run(self) -> Arrivals:
         """Run the round until its pace closes it.
 

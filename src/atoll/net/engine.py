@@ -165,6 +165,7 @@ class ServerEngine(Engine):
         self._memory = False  # whether the plan has client memory
         self._void = False  # `SumOutcome.void` of the open round
         self._summing = False  # whether its first attempt has begun
+        self._arriving: ArrivalLoop | None = None  # of the open round
 
     # Engine
 
@@ -436,12 +437,12 @@ class ServerEngine(Engine):
         if plan.aggregator.secure is not None:
             self._sums, self._void = self._sum_round(plan, state), False
             send, receive = self._sums.start, self._receive_sum
-        loop = ArrivalLoop(plan, state, self.population, cohort, send, receive, time.monotonic, away)
+        self._arriving = loop = ArrivalLoop(plan, state, self.population, cohort, send, receive, time.monotonic, away)
         began = time.perf_counter()
         try:
             flown = loop.run()
         finally:
-            self.awaited, self._sums, self._summing = (), None, False
+            self.awaited, self._sums, self._summing, self._arriving = (), None, False, None
             self.gather_s = time.perf_counter() - began
         if not plan.pace.asynchronous:
             self._withdraw()
@@ -819,7 +820,8 @@ class ServerEngine(Engine):
         self.net.handle(*starting)
         direct = [sent.flight.client for sent in self._assigned.values()]
         self.awaited = tuple(sorted([*direct, *self._relays.awaited]))
-        self.net.awaits = len(self._assigned) + len(self._relays.open)
+        messages = len(self._assigned) + len(self._relays.open)
+        self.net.awaits = min(messages, 1 if self._arriving is None else self._arriving.missing)
         try:
             self._take(left)
         finally:
@@ -836,7 +838,8 @@ class ServerEngine(Engine):
         except queue.Empty:
             if self.stop_at is not None and time.monotonic() >= self.stop_at:
                 raise Stopped from None
-            return
+            self.net.handle()  # messages that wait for others have arrived before the deadline, too
+            arrived = drained(self.net.inbox)
         messages = [action for action in arrived if isinstance(action, events.Deliver)]
         others = [action for action in arrived if not isinstance(action, events.Deliver)]
         del arrived
