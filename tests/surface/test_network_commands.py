@@ -93,3 +93,10 @@ def test_a_home_with_runs_never_starts_the_demo(tmp_path, monkeypatch):
     (tmp_path / "home" / "runs" / "one" / "config.toml").write_text('data = "wine"\n')
     with pytest.raises(UsageError, match="has no unfinished run"):
         serve_run(None, Server(tmp_path / "home"))
+
+
+def test_the_table_of_a_status_has_dates():
+    from atoll.cli.net_commands import _table
+
+    shown = _table({"time": 1.5, "end": None, "clients": [{"client": 0, "seen": 86400.0}, {"client": 1, "seen": None}]})
+    assert "1970-01-01 00:00:01+00:00" in shown and "1970-01-02 00:00:00+00:00" in shown
