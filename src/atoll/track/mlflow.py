@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,11 @@ def save_pyfunc(path: Path, folder: Path) -> None:
         folder: a new folder.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    import mlflow.pyfunc
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    with tempfile.TemporaryDirectory(prefix="atoll-mlflow-") as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # advice on an input example; the signature is given
+        import mlflow.pyfunc
 
-    with tempfile.TemporaryDirectory(prefix="atoll-mlflow-") as temporary:
         code, run = Path(temporary) / "atoll_model.py", Path(temporary) / "run"
         code.write_text(_MODEL, encoding="utf-8")
         run.mkdir()
