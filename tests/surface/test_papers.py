@@ -106,6 +106,7 @@ def test_published_cells_of_the_hospitals(words, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_three_rounds_of_niid_bench(capsys):
     papers.main(["niid", "--rows", "iid-fedavg", "--rounds", "3", "--json"])
     cells = {cell["column"]: cell["ours"] for cell in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
