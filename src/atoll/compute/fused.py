@@ -391,9 +391,9 @@ class FusedDescent:
 
     Without a pull the backward pass makes the step. With a pull and without momentum, the step is
 
-        y ← (1 − lr·κ)·y − lr·∇ℓ(y) − lr·c,
+        z = y − lr/(1 − ω)·∇ℓ(y),  y ← z + ω·(p − z),  ω = lr·κ,  p = −c/κ,  or  y ← z − lr·c  if κ = 0
 
-    whose first two terms are one matrix product. With momentum the product adds to the velocity.
+    whose first part is a matrix product that keeps y. With momentum the product adds to the velocity.
 
     Lanes are sorted by their number of steps, largest first, so that the active lanes are always the first k.
 
@@ -422,12 +422,16 @@ class FusedDescent:
         self.count = lanes
 
     def _constant(self) -> Tensor | None:
-        """The number that a step adds to the gradient, `[d]` or `[K, d]`."""
+        """The number c that a step adds to the gradient, or the point p to which it moves, `[d]` or `[K, d]`."""
         rule = self._rule
         if self._keep is None or not rule.kappa:
             return rule.constant()
-        mu = (1.0 - self._keep) / rule.lr - rule.decay  # of the rounded factor of y
-        return rule._replace(mu=mu).constant()
+        kappa = (1.0 - self._keep) / rule.lr  # of the rounded factor of y
+        anchor = None if rule.anchor is None or not rule.mu else rule.anchor * ((kappa - rule.decay) / kappa)
+        if rule.shift is None or anchor is None:
+            return anchor if rule.shift is None else rule.shift * (-1.0 / kappa)
+        out = empty(rule.shift, torch.broadcast_shapes(rule.shift.shape, anchor.shape))
+        return torch.sub(anchor, rule.shift, alpha=1.0 / kappa, out=out)
 
     @property
     def loss(self) -> Tensor:
@@ -472,17 +476,21 @@ class FusedDescent:
         rule, program = self._rule, self._program
         one_pass = not program.maps or x.shape[1] <= MAPS
         if one_pass and self._keep is not None:
-            then = partial(_add_constant, lanes.theta, lanes.constant, -rule.lr) if lanes.constant else None
-            return program.run(lanes.theta, x, y, share, Sink(lanes.theta, self._keep, -rule.lr, then))
+            if not lanes.constant:
+                return program.run(lanes.theta, x, y, share, Sink(lanes.theta, self._keep, -rule.lr))
+            then = partial(self._finish, lanes)
+            return program.run(lanes.theta, x, y, share, Sink(lanes.theta, 1.0, -rule.lr / self._keep, then))
         if one_pass and rule.momentum and not rule.nesterov:
             then = partial(_finish_momentum, lanes, rule)
             return program.run(lanes.theta, x, y, share, Sink(lanes.velocity, rule.momentum, 1.0, then))
         gradient, each = program.gradient(lanes.theta, x, y, share)
         if self._keep is not None:
-            for t, g in zip(lanes.theta, gradient, strict=True):
-                (t if self._keep == 1.0 else t.mul_(self._keep)).add_(g, alpha=-rule.lr)
-            for t, c in zip(lanes.theta, lanes.constant, strict=False):
-                t.add_(c, alpha=-rule.lr)
+            for i, (t, g) in enumerate(zip(lanes.theta, gradient, strict=True)):
+                if lanes.constant:
+                    t.add_(g, alpha=-rule.lr / self._keep)
+                    self._finish(lanes, i, slice(None))
+                else:
+                    (t if self._keep == 1.0 else t.mul_(self._keep)).add_(g, alpha=-rule.lr)
             return each
         self._pull(gradient, lanes)
         if rule.momentum:
@@ -494,6 +502,14 @@ class FusedDescent:
             lanes.theta, lanes.velocity if rule.momentum and not rule.nesterov else gradient, alpha=-rule.lr
         )
         return each
+
+    def _finish(self, lanes: Lanes, i: int, some: slice) -> None:
+        """The last part of a step without momentum, for parameter i of some lanes."""
+        if self._keep == 1.0 or self._keep is None:
+            _add_constant(lanes.theta, lanes.constant, -self._rule.lr, i, some)
+        else:
+            point = lanes.constant[i]
+            lanes.theta[i][some].lerp_(point if len(point) == 1 else point[some], 1.0 - self._keep)
 
     def _pull(self, into: list[Tensor], lanes: Lanes) -> None:
         """Add κy + c."""
@@ -538,10 +554,11 @@ def _finish_momentum(lanes: Lanes, rule: StepRule, i: int, some: slice) -> None:
 def _kept_share(rule: StepRule, dtype: torch.dtype) -> float | None:
     """1 − lr·κ as a number of this dtype, the factor of y in a step without momentum.
 
-    None if the step needs the gradient: with momentum, or if lr·κ is so small that 1 − lr·κ loses most of its digits.
+    None if the step needs the gradient: with momentum, if lr·κ is so small that 1 − lr·κ loses most of its digits, or
+    so large that the gradient is divided by less than a half.
     """
     rate = rule.lr * rule.kappa
-    if rule.momentum or 0 < rate < _DIGITS * torch.finfo(dtype).eps:
+    if rule.momentum or 0 < rate < _DIGITS * torch.finfo(dtype).eps or rate > 0.5:
         return None
     if not rate:
         return 1.0
