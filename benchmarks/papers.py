@@ -92,7 +92,7 @@ def selected(table: Table, patterns: str | None, synthetic: bool) -> list[str]:
             raise ValueError(refusal(next(iter(table.rows.values())).absent))
         return names
     names = []
-    for pattern in patterns.split(","):
+    for pattern in re.split(r",(?![^(]*\))", patterns):  # names of rules have commas in parentheses
         found = fnmatch.filter(table.rows, pattern)
         if not found:
             raise ValueError(f"no row {pattern!r}; rows: {', '.join(table.rows)}")
@@ -173,6 +173,8 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if given.table == "heart" and not hospitals.available():
         parser.error("the heart files are not in the folder that ATOLL_DATA names")
+    if given.out is not None and not given.out.absolute().parent.is_dir():
+        parser.error(f"--out {given.out}: there is no folder {given.out.absolute().parent}")
     results, cells = Results(given.out), []
     for name in names:
         row, found = table.rows[name], []

@@ -55,6 +55,8 @@ def test_a_row_is_its_values_the_published_one_and_one_json_object(monkeypatch, 
         (["niid", "--rows", "ours", "--synthetic"], "leave out --synthetic"),
         (["niid", "--seeds", "5-4"], "neither a seed nor a range"),
         (["niid", "--rounds", "0"], "no number of rounds"),
+        (["niid", "--out", "nowhere/found.jsonl"], "there is no folder"),
+        (["robust", "--rows", "Krum(4, m=12),mine"], "no row 'mine'"),
     ],
 )
 def test_refusals(words, message, monkeypatch, capsys):
