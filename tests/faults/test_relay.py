@@ -20,10 +20,17 @@ from atoll.engine.protocols import RunOptions
 from atoll.net import wire
 from atoll.net.engine import ServerEngine
 from atoll.net.home import ServerHome
-from atoll.net.join import join_federation, run_relay
+from atoll.net.join import _member, join_federation, run_relay
+from atoll.net.loop import run_loop
 from atoll.net.policy import Policy
+from atoll.net.relay import Relay
 from atoll.net.server import _ROUTES, Listener
+from atoll.net.site import Prepared
 from atoll.net.spec import Server
+from atoll.plan.aggregate import Mean
+from atoll.plan.local import Gradient
+from atoll.plan.plan import Plan
+from atoll.plan.sampler import Weighted
 from atoll.training.serve import serve_run
 
 
@@ -146,6 +153,9 @@ def test_the_home_of_a_relay_is_no_home_of_a_server(tmp_path):
     assert [at.invite(name, None, None, 1) for name in ("north", "south")]
     assert [client.id for client in at.database.clients()] == [wire.RELAYS, wire.RELAYS + 1]
     at.database.renumber({"north": 4})
+    for numbers in ({"north": 5}, {"south": 4}):
+        with pytest.raises(RunError, match="The root calls"):
+            at.database.renumber(numbers)
     assert [(c.id, c.name) for c in at.database.clients()] == [(4, "north"), (wire.RELAYS + 1, "south")]
     at.close()
     with pytest.raises(UsageError, match="home of a relay"):
@@ -275,6 +285,43 @@ def test_a_plan_that_is_no_sum_is_refused_with_a_relay(tmp_path):
     with pytest.raises(UsageError, match="Median") as error:
         serve_run(server.experiment, server.spec)  # the relay is invited before the next run
     assert "Mean()" in str(error.value)
+
+
+def test_a_relay_gives_a_sampler_with_unequal_chances_no_wrong_weights(tmp_path, monkeypatch):
+    """The rows of the clients, and so the chances, are known only after `begin` and the reports of the relays."""
+    engine = ServerEngine(Server(str(tmp_path), clients=2), RunOptions())
+    monkeypatch.setattr(engine, "_check", lambda plan: None)
+    plan = Plan(Gradient(), Mean(), cohort=Weighted(1))
+    engine._check_relays(plan)
+    engine._relays.of_leaf[0] = wire.RELAYS
+    engine._rows, engine._new_rows = {0: 3, 1: 1}, True
+    engine._populate()
+    with pytest.raises(UsageError, match=r"Weighted\(1\) with a relay"):
+        engine.check_start(plan, None)
+    engine.close()
+
+
+@pytest.mark.slow
+def test_a_run_with_unequal_chances_and_a_relay_is_refused_once_the_rows_are_known(tmp_path):
+    settings = {"model": "softmax", "recipe": "fedavg(lr=0.5)", "plan__cohort": "Weighted(1)", "rounds": 1}
+    with pytest.raises(UsageError, match=r"Weighted\(n=1\) with a relay|Weighted\(1\) with a relay"):
+        relayed(tmp_path, {**settings, "split": "Dirichlet(0.3)"}, 1, 2)
+
+
+@pytest.mark.slow
+def test_a_further_token_begins_a_new_chain_of_a_relay_that_has_settled_its_sums(tmp_path):
+    settings = {"rounds": 2, "seed": 4, **CASES["error feedback"]}
+    relayed(tmp_path, settings, 1, 1)
+    at = ServerHome.open(tmp_path / "server", serve=False)
+    again = at.invite("relay-0", None, None, 1, relay=True).text()
+    at.close()
+    home, root = ServerHome.open(tmp_path / "relay-0"), tmp_path / "relay-0" / "root"
+    relay = Relay(home, root, Server(str(tmp_path / "relay-0")), {}, lambda facts: None)
+    assert relay.chain.settled is not None
+    one = Prepared(bytes(16), None, b"sum", {})
+    with pytest.raises(UsageError, match="1 sums that are not settled"):
+        run_loop(_member(again, root, lambda facts: None, None, [one]))
+    relay.close()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The memory of a site and its prepared messages survive a kill between any two writes."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from test_sites import terms
 
 from atoll.compute.batches import HOST
 from atoll.net import wire
+from atoll.net.client import _Channel
 from atoll.net.coordinator import NO_DIGEST
 from atoll.net.join import own_rows
 from atoll.net.policy import Policy
-from atoll.net.site import MemoryChain, Prepared, Site
+from atoll.net.site import MemoryChain, Prepared, Site, _Kept
 from atoll.net.tensors import tensor_bytes
 from atoll.net.terms import RefusedError, layout_hash, plan_text
 from atoll.net.wire import SumTerms, chain_link, digest, work_id
@@ -219,3 +221,24 @@ def test_a_server_that_repeats_the_number_of_a_round_gets_no_further_contributio
     with open(tmp_path / "home" / "ledger.jsonl", "a") as file:
         file.write('{"time": "2026')  # a kill has cut the line
     assert len(rows(tmp_path / "north.csv")._made["run"]) == 2
+
+
+@pytest.mark.parametrize("error", [IndexError, ValueError, MemoryError])
+def test_a_codec_that_cannot_decode_a_delta_lets_the_site_read_the_whole_version(error):
+    def fail(work):
+        raise error("own code")
+
+    site = SimpleNamespace(_version=_Kept(0, b"", b""), _plan=fail)
+    blob = wire.Blob(bytes(32), 8)
+    for deltas, fits in (((b"1234", b"5678"), True), ((b"1234", b"56789"), False), ((), False)):
+        asked = structs.replace(work(), version=2, model=blob, deltas=deltas)
+        assert Site.has_base(site, asked) is fits  # deltas are never longer than the version
+    assert Site.next_version(site, work(), [b"1234"], b"") is None
+
+
+def test_a_work_that_the_server_sends_again_after_its_cancel_is_answered():
+    asked = work()
+    client = SimpleNamespace(_dropped={asked.work}, compute=None)
+    channel = SimpleNamespace(client=client, _leases={}, _later=lambda call: None, _work=lambda message: None)
+    _Channel._handle(channel, asked)
+    assert not client._dropped

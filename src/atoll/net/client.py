@@ -412,6 +412,7 @@ class _Channel:
                 self._later(self._welcomed(message))
             case wire.Work():
                 self._leases[message.work] = message.lease
+                self.client._dropped.discard(message.work)  # the server asks again for a work that it cancelled
                 if message.sum is not None:
                     self._step_cap = wire.MAX_STEP
                 self._later(self._work(message))

@@ -240,8 +240,10 @@ class ServerEngine(Engine):
         self.net.handle(events.RunOpened(run, blob, self.spec.clients is not None, self._memory, seat, recent, known))
 
     def check_start(self, plan: Plan, state: State) -> None:
-        """Refuse a plan that a network cannot run."""
+        """Refuse a plan that a network cannot run, now that the population is known."""
         self._check(plan)
+        if self._relays.of_leaf:
+            self._check_relays(plan)
 
     def _check(self, plan: Plan) -> None:
         plan_text(plan)

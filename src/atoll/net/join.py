@@ -10,7 +10,7 @@ import importlib.util
 import json
 import signal
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from atoll.net.home import ServerHome
 from atoll.net.ledger import ledger_rows
 from atoll.net.loop import run_loop
 from atoll.net.policy import Policy
-from atoll.net.site import Loader, MemoryChain, Site
+from atoll.net.site import Loader, MemoryChain, Prepared, Site
 from atoll.net.spec import Server
 from atoll.net.store import claim_home
 from atoll.net.terms import Own, RefusedError, Terms
@@ -159,7 +159,8 @@ async def _work(
 
 async def _pass_on(token: str | None, home: Path, relay: Any, once: bool, notify: Notify) -> int:
     """Work as a relay: each end of a run at the root is the end of the run for its clients."""
-    member = await _member(token, home, notify, None)
+    member = await _member(token, home, notify, None, relay.chain.prepared)
+    relay.open_chain(home)
     while True:
         client = Client(member, relay, notify, once=True)
         relay.post, relay.is_withdrawn = client.post, client.is_withdrawn
@@ -197,8 +198,18 @@ def _exit_code(ended: Ended, member: Membership) -> int:
     raise UsageError(f"The server refuses this client: {ended.code}. {ended.reason}", write=write)
 
 
-async def _member(token: str | None, home: Path, notify: Notify, files: identity.Files | None) -> Membership:
-    """The membership of the home. A token enrols a new home; a further token renews the identity of the same client."""
+async def _member(
+    token: str | None,
+    home: Path,
+    notify: Notify,
+    files: identity.Files | None,
+    partials: Sequence[Prepared] = (),
+) -> Membership:
+    """The membership of the home. A token enrols a new home; a further token renews the identity of the same client.
+
+    The server forgets which works it has committed of a client with a further token, so a relay with `partials` that
+    are not settled could not pass their ends on to its clients.
+    """
     member = Membership.open(home)
     if token is None and member is None:
         raise UsageError(
@@ -222,6 +233,13 @@ async def _member(token: str | None, home: Path, notify: Notify, files: identity
             member.files = files
             member.save()
         return member
+    if member is not None and partials:
+        raise UsageError(
+            f"A further token for the relay {member.name!r}, which has {len(partials)} sums that are not settled.",
+            "a start without a token, until the next round.",
+            "the root would forget whether it has committed them, and the memory of the clients depends on that.",
+            write=f"atoll relay --home {home.parent}",
+        )
     renewed = await enrol(required(found, "token"), home, notify, files)
     if member is not None:
         renewed.epoch, renewed.rounds = member.epoch, member.rounds

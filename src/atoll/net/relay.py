@@ -172,8 +172,7 @@ class Relay:
         self.home, self.spec, self._own, self.notify = home, spec, own, notify
         self.post: Callable[[wire.Up], None] = lambda message: None
         self.is_withdrawn: Callable[[bytes], bool] = lambda work: False
-        self.chain: RelayChain = RelayChain.open(root)  # type: ignore[assignment]
-        self.chain.on_settled, self.chain.on_dropped = self._settled, self._dropped
+        self.open_chain(root)
         self.final: bytes | None = None
         self._number = -1
         self._run = ""
@@ -192,6 +191,11 @@ class Relay:
         self.net.coordinator.below_relay = True
         self.net.awaited = self._awaited
         self._thread = threading.Thread(target=self._take_all, name="atoll-relay", daemon=True)
+
+    def open_chain(self, root: Path) -> None:
+        """Read the partials that the root has not committed. A further token of the root ends them."""
+        self.chain: RelayChain = RelayChain.open(root)  # type: ignore[assignment]
+        self.chain.on_settled, self.chain.on_dropped = self._settled, self._dropped
 
     def start(self) -> str:
         """Listen for clients. Returns the address."""

@@ -482,10 +482,18 @@ class Database:
 
         Args:
             numbers: the number by name.
+        Raises:
+            RunError: a client has another number, or another client has the number: works belong to numbers.
         """
         with self._transaction() as db:
             for name, number in numbers.items():
-                if db.execute("SELECT id FROM clients WHERE name = ?", (name,)).fetchone() != (number,):
+                found = db.execute("SELECT id FROM clients WHERE name = ?", (name,)).fetchone()
+                if found is not None and found[0] != number:
+                    other = db.execute("SELECT name FROM clients WHERE id = ?", (number,)).fetchone()
+                    if found[0] < RELAYS or other is not None:
+                        has = f"it is client {found[0]}" if other is None else f"{other[0]!r} has this number"
+                        given = f"The root calls {name!r} client {number}, and {has}."
+                        raise RunError(given, "the numbers that the root gave before.", "works belong to numbers.")
                     db.execute("UPDATE clients SET id = ? WHERE name = ?", (number, name))
                     self._identity_changed(db, {"event": "numbered", "client": number, "name": name})
 
