@@ -24,13 +24,15 @@ def eventually(holds, seconds=60.0):
 
 ATOLL = [sys.executable, "-m", "atoll"]
 DEADLINE = 280.0
+# The package, and parts of users that a site maps with `--part`.
+PATHS = os.pathsep.join(str(Path(__file__).parents[1] / at) for at in ("src", "tests/conformance/foreign"))
 
 
 class Process:
     """A command whose output is read in a thread, so that a test waits for a line with a deadline."""
 
     def __init__(self, *words, cwd, failpoint=None):
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src"), "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
         if failpoint:
             env["ATOLL_FAILPOINT"] = failpoint
         self.lines, self._more = [], threading.Condition()
@@ -129,7 +131,7 @@ class Federation:
 
     def run(self, *words, code=0):
         """Run a command to its end. Returns its stdout."""
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src"), "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             [*ATOLL, *map(str, words)], capture_output=True, text=True, cwd=self.folder, env=env, timeout=DEADLINE
         )

@@ -31,7 +31,7 @@ def join_all(it):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("pace", ["Buffered(2)", "Bounded(3)"])
+@pytest.mark.parametrize("pace", ["Buffered(4)", "Bounded(3)"])
 def test_flights_survive_kills_and_count_once(tmp_path, pace):
     with federation(tmp_path, recipe="fedavg(lr=0.2, batch=10)", plan__pace=pace, rounds=30, clients=3) as it:
         it.serve()

@@ -15,6 +15,11 @@ KILLS = int(os.environ.get("ATOLL_KILLS", "10"))  # of the server, and of client
 PLANS = {
     "error feedback": {"recipe": "fedavg(lr=0.5, batch=50)", "plan__codec": "ErrorFeedback(TopK(0.05))"},
     "control variates": {"recipe": "scaffold(lr=0.5, batch=50)", "plan__codec": "Identity()"},
+    "a part of the user": {
+        "plan__local": "variates:Variates(0.5, steps=3, batch=50)",
+        "plan__aggregator": "Mean(weights='equal')",
+        "plan__codec": "Identity()",
+    },
 }
 
 
@@ -27,25 +32,26 @@ def test_random_kills_change_no_bit(tmp_path, plan):
     rng.shuffle(targets)
     rounds = 3 * len(targets) + 2
     settings = {**SMALL, **PLANS[plan], "clients": 3, "rounds": rounds}
-    returned = []
+    returned, users = [], plan == "a part of the user"
+    own, again = (("--part", "Variates=variates:Variates"), ("--trust",)) if users else ((), ())
     with Federation(tmp_path, *flags(**settings), clients=3) as it:
         address = it.serve()
         it.invite()
         for client in range(3):
-            it.join(client)
+            it.join(client, *own)
         for number, target in enumerate(targets):
             it.server.after_round(3 * number)
             TICK.wait(rng.uniform(0, 0.1))
             if target == "server":
                 it.server.kill()
-                assert it.serve() == address
+                assert it.serve(*again) == address
                 began = time.monotonic()
                 it.server.wait_for(lambda line: line.get("event") == "round")
                 returned.append(time.monotonic() - began)
             else:
                 client = rng.randrange(3)
                 it.clients[client].kill()
-                it.join(client, token=False)
+                it.join(client, *own, token=False)
         assert [it.server.code(), *(client.code() for client in it.clients.values())] == [0] * 4, it.server.stderr()
         path = it.path()
         rows = rows_of(path)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from msgspec import structs
 from net_messages import work
+from scaffold import Scaffold as ForeignScaffold
 from sites import write_tables
 from test_sites import terms
 
+from atoll.base.errors import UsageError
 from atoll.compute.batches import HOST
 from atoll.net import wire
 from atoll.net.client import _Channel
@@ -22,6 +24,7 @@ from atoll.net.terms import RefusedError, layout_hash, plan_text
 from atoll.net.wire import SumTerms, chain_link, digest, work_id
 from atoll.plan.aggregate import Mean
 from atoll.plan.codec import Clip, Noise
+from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast
 from atoll.plan.state import pack_broadcast
 from atoll.recipes import fedavg
@@ -242,3 +245,9 @@ def test_a_work_that_the_server_sends_again_after_its_cancel_is_answered():
     channel = SimpleNamespace(client=client, _leases={}, _later=lambda call: None, _work=lambda message: None)
     _Channel._handle(channel, asked)
     assert not client._dropped
+
+
+def test_a_part_of_the_user_with_the_name_of_a_part_of_atoll_is_refused():
+    """A site would read the name as atoll's part, also if both have the same arguments."""
+    with pytest.raises(UsageError, match="Scaffold is atoll's part there"):
+        plan_text(Plan(ForeignScaffold(0.1, steps=2), Mean("equal")))

@@ -200,11 +200,18 @@ def plan_text(plan: Plan) -> str:
     """The text of a plan with bare names. A site maps the names of other parts than atoll's to its own code.
 
     Raises:
-        UsageError: a part is a function, or its `repr` is no constructor call.
+        UsageError: a part is a function, its `repr` is no constructor call, or it has the name of a part of atoll.
     """
-    text = repr(plan)
+    text, classes = repr(plan), _classes(plan)
+    taken = [name for name, own in classes.items() if isinstance(PARTS.get(name), type) and PARTS[name] is not own]
+    if taken:
+        raise UsageError(
+            f"{classes[taken[0]].__module__}:{taken[0]} on a network.",
+            "a class with another name than the parts of atoll.",
+            f"a site reads the plan by its names, and {taken[0]} is atoll's part there.",
+        )
     try:
-        built = parse(text, {**_classes(plan), **PARTS})
+        built = parse(text, {**classes, **PARTS})
     except UsageError as error:
         raise UsageError(
             f"{text:.300} on a network: {error.given}",
