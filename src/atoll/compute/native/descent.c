@@ -8,8 +8,8 @@
    optional bias, an optional ReLU and an optional max pool. ReLU and max pool commute.
 
        maps      [row][y][x][channel], with a frame of zeros if the next convolution pads
-       weights   [panel][tap][NR]: NR adjacent output channels; a tap is (ky, kx, channel). The panel of a layer with at
-                 most VL output channels has VL, so that it computes no vector of zeros.
+       weights   [panel][tap][NR]: NR adjacent output channels; a tap is (ky, kx, channel). The panel of a convolution
+                 with at most VL output channels has VL, so that it computes no vector of zeros.
 
    `tile` computes all products: MR × NR sums at once, one factor is broadcast, the other is read as vectors. */
 
@@ -1087,7 +1087,7 @@ static void plan_buffers(JobThreads *shared) {
         s->flat = s->pixels == 1 && s->taps == (t->height + 2 * t->pad_y) * s->frame_x * t->channels;
         s->runs = s->frame_x == t->kernel_x ? 1 : t->kernel_y;
         s->run = s->taps / s->runs;
-        s->wide = t->out > VL ? NR : VL;
+        s->wide = s->flat || t->out > VL ? NR : VL;
         s->padded_out = up(t->out, s->wide);
         s->weights_at = at, at += s->padded_out * s->taps;
         s->bias_at = at, at += s->padded_out;
