@@ -4,9 +4,12 @@ import json
 import queue
 import threading
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pandas
 import pytest
+from msgspec import structs
+from net_messages import work
 from network import Federation, comparable, eventually
 from quick_cases import only
 from sites import SITES, Served, experiment, write_tables
@@ -23,7 +26,8 @@ from atoll.net.home import ServerHome
 from atoll.net.join import _member, join_federation, run_relay
 from atoll.net.loop import run_loop
 from atoll.net.policy import Policy
-from atoll.net.relay import Relay
+from atoll.net.relay import Gathering, Relay
+from atoll.net.relays import RelayWork
 from atoll.net.server import _ROUTES, Listener
 from atoll.net.site import Prepared
 from atoll.net.spec import Server
@@ -285,6 +289,17 @@ def test_a_plan_that_is_no_sum_is_refused_with_a_relay(tmp_path):
     with pytest.raises(UsageError, match="Median") as error:
         serve_run(server.experiment, server.spec)  # the relay is invited before the next run
     assert "Mean()" in str(error.value)
+
+
+def test_the_reasons_of_lost_clients_fit_into_the_answer_of_a_relay():
+    starts = {bytes([i]): wire.Start(i, 0) for i in range(4)}
+    plan = Plan(Gradient(), Mean())
+    gathering = Gathering(structs.replace(work(), kind="evaluate"), starts, plan, None, dict.fromkeys(range(4), 3))
+    for name in starts:
+        gathering.lose(name, "failed", "\U0001f41a\0" * 1000)
+    body, form = gathering.body(None), SimpleNamespace(longest=0)
+    asked = RelayWork(wire.RELAYS, gathering.work, tuple(starts.values()), None, None, form)
+    assert len(asked.read(body, {}, plan).head.lost) == 4 and len(body) <= asked.assigned().most
 
 
 def test_a_relay_gives_a_sampler_with_unequal_chances_no_wrong_weights(tmp_path, monkeypatch):

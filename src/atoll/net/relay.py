@@ -32,6 +32,7 @@ from atoll.compute.task import Task
 from atoll.engine.contribution import Fold
 from atoll.net import coordinator as events
 from atoll.net import wire
+from atoll.net.client import plain_text
 from atoll.net.coordinator import Limits
 from atoll.net.engine import drained, listen, listener_of
 from atoll.net.failpoints import failpoint
@@ -47,6 +48,7 @@ from atoll.plan.message import MessageForm
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Ids
 
+_REASON = 1000  # characters of the reason of a failure: the root allows 4 KiB of the head for each client
 _WAIT_S = 1.0  # between two signs of life, and between two looks at the invitations
 
 
@@ -81,7 +83,8 @@ class Gathering:
         if work in self.open:
             self.open.discard(work)
             start = self.starts[work]
-            self._lost.append(wire.Lost(start.client, start.repeat, code, reason))
+            text = plain_text(reason)[:_REASON]
+            self._lost.append(wire.Lost(start.client, start.repeat, code, text))
 
     def take(self, message: events.Deliver) -> bool:
         """Check and fold a contribution. Returns whether it is valid."""
