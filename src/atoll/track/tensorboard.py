@@ -39,7 +39,9 @@ class TensorBoard:
 
         home = files.path if self.folder is None else Path(self.folder) / files.path.name
         place = Path(known) if known is not None else home / "tensorboard"
-        writer = SummaryWriter(str(place), purge_step=first if known is not None else None)
+        # The name of a file has seconds: without the round, a run that is resumed at once would replace its older file.
+        purge = first if known is not None else None
+        writer = SummaryWriter(str(place), purge_step=purge, filename_suffix=f".{first:08d}")
         if known is None:
             lines = [f"    {name} = {value}" for name, value in files.parameters().items()]
             writer.add_text("settings", "\n".join(lines))
