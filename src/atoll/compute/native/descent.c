@@ -8,8 +8,7 @@
    optional bias, an optional ReLU and an optional max pool. ReLU and max pool commute.
 
        maps      [row][y][x][channel], with a frame of zeros if the next convolution pads
-       weights   [panel][tap][NR]: NR adjacent output channels; a tap is (ky, kx, channel). The panel of a convolution
-                 with at most VL output channels has VL, so that it computes no vector of zeros.
+       weights   [panel][tap][NR]: NR adjacent output channels; a tap is (ky, kx, channel)
 
    `tile` computes all products: MR × NR sums at once, one factor is broadcast, the other is read as vectors. */
 
@@ -150,7 +149,6 @@ typedef struct {
     I in_stride;           /* numbers from one row's input to the next */
     I taps;                /* of one output: kernel_y · kernel_x · channels */
     I run, runs;           /* adjacent taps in the input, and the number of runs */
-    I wide;                /* output channels of a panel: NR, or VL */
     I padded_out;          /* output channels, rounded up to whole panels */
     I pixels;              /* outputs of one row */
     int flat;              /* the kernel covers the input: all rows are one matrix product */
@@ -252,13 +250,12 @@ typedef struct {
 /* Position of row m of a: it starts at a[m]; it starts at a[0] + m; or its terms are at a[term] + a_run + m. */
 enum { ROW_POINTERS = 0, ADJACENT_ROWS = 1, STRIDED_TERMS = 2 };
 
-/* s = Σ a[m][…] · b[…] for mr rows and nv vectors of columns. */
-INLINE void tile(const int mr, const int nv, const int layout, const REAL *const *a, const REAL *b, const Terms t,
-                 V (*s)[NV]) {
+/* s = Σ a[m][…] · b[…] for m rows and NR columns. */
+INLINE void tile(const int mr, const int layout, const REAL *const *a, const REAL *b, const Terms t, V (*s)[NV]) {
 #pragma GCC unroll 24
     for (int m = 0; m < mr; m++)
 #pragma GCC unroll 2
-        for (int v = 0; v < nv; v++) s[m][v] = (V){0};
+        for (int v = 0; v < NV; v++) s[m][v] = (V){0};
     for (I i = 0; i < t.runs; i++) {
         const REAL *p = b + i * t.b_run;
         I at = layout == STRIDED_TERMS ? t.a_run : i * t.a_run;
@@ -266,7 +263,7 @@ INLINE void tile(const int mr, const int nv, const int layout, const REAL *const
             const REAL *own = layout == STRIDED_TERMS ? a[r] + at : a[0] + at;
             V read[NV];
 #pragma GCC unroll 2
-            for (int v = 0; v < nv; v++) {
+            for (int v = 0; v < NV; v++) {
                 read[v] = load(p + v * VL);
                 KEEP_IN_REGISTER(read[v]);
             }
@@ -274,7 +271,7 @@ INLINE void tile(const int mr, const int nv, const int layout, const REAL *const
             for (int m = 0; m < mr; m++) {
                 const REAL x = layout == ROW_POINTERS ? a[m][at] : own[m];
 #pragma GCC unroll 2
-                for (int v = 0; v < nv; v++) s[m][v] += x * read[v];
+                for (int v = 0; v < NV; v++) s[m][v] += x * read[v];
             }
         }
     }
@@ -347,16 +344,16 @@ static void pack(const Layer *s, I count, const REAL *theta, REAL *packed) {
         const I area = t->kernel_y * t->kernel_x;
         REAL *w = packed + s->weights_at;
         memset(w, 0, sizeof(REAL) * s->padded_out * s->taps);
-        for (I p = 0; p < s->padded_out / s->wide; p++) {
-            const I outs = smaller(s->wide, t->out - p * s->wide);
-            const REAL *from = theta + t->weight + p * s->wide * s->taps;
-            REAL *to = w + p * s->taps * s->wide;
+        for (I p = 0; p < s->padded_out / NR; p++) {
+            const I outs = smaller(NR, t->out - p * NR);
+            const REAL *from = theta + t->weight + p * NR * s->taps;
+            REAL *to = w + p * s->taps * NR;
             I first = 0;
             for (; area == 1 && outs == NR && first + NR <= s->taps; first += NR)
                 transpose_square(from + first, s->taps, to + first * NR, NR);
             for (I o = 0; o < outs; o++)
                 for (I c = first; c < t->channels; c++)
-                    for (I i = 0; i < area; i++) to[(i * t->channels + c) * s->wide + o] = from[o * s->taps + c * area + i];
+                    for (I i = 0; i < area; i++) to[(i * t->channels + c) * NR + o] = from[o * s->taps + c * area + i];
         }
         memset(packed + s->bias_at, 0, sizeof(REAL) * s->padded_out);
         if (t->bias >= 0) memcpy(packed + s->bias_at, theta + t->bias, sizeof(REAL) * t->out);
@@ -410,20 +407,20 @@ static void unpack(const Layer *s, I count, const REAL *packed, const Destinatio
         const LayerSpec *t = &s->spec;
         const I area = t->kernel_y * t->kernel_x, taps = s->taps;
         const REAL *w = packed + s->weights_at;
-        for (I p = 0; p < s->padded_out / s->wide; p++) {
-            const I outs = smaller(s->wide, t->out - p * s->wide);
-            const REAL *panel = w + p * taps * s->wide;
+        for (I p = 0; p < s->padded_out / NR; p++) {
+            const I outs = smaller(NR, t->out - p * NR);
+            const REAL *panel = w + p * taps * NR;
             REAL block[NR * TRANSPOSE_RUN];
             if (area == 1) {
                 for (I r = 0; r < taps; r += TRANSPOSE_RUN) {
                     const I n = smaller(TRANSPOSE_RUN, taps - r);
                     I i = 0;
-                    for (; s->wide == NR && i + NR <= n; i += NR)
+                    for (; i + NR <= n; i += NR)
                         transpose_square(panel + (r + i) * NR, NR, block + i, TRANSPOSE_RUN);
                     for (; i < n; i++)
-                        for (I o = 0; o < outs; o++) block[o * TRANSPOSE_RUN + i] = panel[(r + i) * s->wide + o];
+                        for (I o = 0; o < outs; o++) block[o * TRANSPOSE_RUN + i] = panel[(r + i) * NR + o];
                     for (I o = 0; o < outs; o++)
-                        write_out(out, t->weight + (p * s->wide + o) * taps + r, block + o * TRANSPOSE_RUN, n);
+                        write_out(out, t->weight + (p * NR + o) * taps + r, block + o * TRANSPOSE_RUN, n);
                 }
                 continue;
             }
@@ -431,8 +428,8 @@ static void unpack(const Layer *s, I count, const REAL *packed, const Destinatio
                 for (I c = 0; c < t->channels; c++)
                     for (I i = 0; i < area; i += TRANSPOSE_RUN) {
                         const I n = smaller(TRANSPOSE_RUN, area - i);
-                        for (I j = 0; j < n; j++) block[j] = panel[((i + j) * t->channels + c) * s->wide + o];
-                        write_out(out, t->weight + ((p * s->wide + o) * t->channels + c) * area + i, block, n);
+                        for (I j = 0; j < n; j++) block[j] = panel[((i + j) * t->channels + c) * NR + o];
+                        write_out(out, t->weight + ((p * NR + o) * t->channels + c) * area + i, block, n);
                     }
         }
         if (t->bias >= 0) write_out(out, t->bias, packed + s->bias_at, t->out);
@@ -441,18 +438,18 @@ static void unpack(const Layer *s, I count, const REAL *packed, const Destinatio
 
 /* Weights with input and output exchanged: [run][panel of taps][output][NR]. */
 static void transpose(const Layer *s, const REAL *w, REAL *transposed) {
-    const I taps = up(s->run, NR), wide = s->wide;
+    const I taps = up(s->run, NR);
     for (I i = 0; i < s->runs; i++)
         for (I r = 0; r < taps; r += NR)
-            for (I p = 0; p < s->padded_out / wide; p++) {
-                REAL *to = transposed + ((i * taps + r) * s->padded_out) + p * wide * NR;
-                const REAL *from = w + (p * s->taps + i * s->run + r) * wide;
-                if (wide == NR && r + NR <= s->run) {
+            for (I p = 0; p < s->padded_out / NR; p++) {
+                REAL *to = transposed + ((i * taps + r) * s->padded_out) + p * NR * NR;
+                const REAL *from = w + (p * s->taps + i * s->run + r) * NR;
+                if (r + NR <= s->run) {
                     transpose_square(from, NR, to, NR);
                     continue;
                 }
-                for (I o = 0; o < wide; o++)
-                    for (I j = 0; j < NR; j++) to[o * NR + j] = r + j < s->run ? from[j * wide + o] : 0;
+                for (I o = 0; o < NR; o++)
+                    for (I j = 0; j < NR; j++) to[o * NR + j] = r + j < s->run ? from[j * NR + o] : 0;
             }
 }
 
@@ -473,30 +470,28 @@ INLINE Position next_position(const Layer *s, Position p) {
     return p;
 }
 
-INLINE void output_tile(const int mr, const int nv, const REAL *const *a, const REAL *b, const Terms t,
-                        const REAL *bias, REAL *out, I padded_out) {
+INLINE void output_tile(const int mr, const REAL *const *a, const REAL *b, const Terms t, const REAL *bias, REAL *out,
+                        I padded_out) {
     V c[MR][NV];
-    tile(mr, nv, ROW_POINTERS, a, b, t, c);
+    tile(mr, ROW_POINTERS, a, b, t, c);
 #pragma GCC unroll 24
     for (int m = 0; m < mr; m++)
 #pragma GCC unroll 2
-        for (int v = 0; v < nv; v++) store(out + m * padded_out + v * VL, c[m][v] + load(bias + v * VL));
+        for (int v = 0; v < NV; v++) store(out + m * padded_out + v * VL, c[m][v] + load(bias + v * VL));
 }
 
 /* One panel of the outputs of some rows, [pixel][padded_out]. */
 static void forward_panel(const Layer *s, I p, const REAL *const *in, I rows, const REAL *w, const REAL *bias,
                           REAL *out) {
-    const I n = rows * s->pixels, wide = s->wide;
-    const REAL *panel = w + p * s->taps * wide;
-    const Terms t = {s->runs, s->run, s->frame_x * s->spec.channels, 1, s->run * wide, wide};
+    const I n = rows * s->pixels;
+    const REAL *panel = w + p * s->taps * NR;
+    const Terms t = {s->runs, s->run, s->frame_x * s->spec.channels, 1, s->run * NR, NR};
     Position at = {0};
     for (I q = 0, mr; q < n; q += mr) {
         mr = tile_height(n - q);
         const REAL *a[MR];
-        REAL *to = out + q * s->padded_out + p * wide;
         for (I m = 0; m < mr; m++, at = next_position(s, at)) a[m] = in[at.row] + at.at;
-#define CALL(mr) wide == NR ? output_tile(mr, NV, a, panel, t, bias + p * wide, to, s->padded_out)                     \
-                            : output_tile(mr, 1, a, panel, t, bias + p * wide, to, s->padded_out)
+#define CALL(mr) output_tile(mr, a, panel, t, bias + p * NR, out + q * s->padded_out + p * NR, s->padded_out)
         CASES(mr, CALL)
 #undef CALL
     }
@@ -561,7 +556,7 @@ static void pool_relu_backward(const Layer *s, const REAL *grad, const REAL *act
 
 INLINE void input_tile(const int mr, const REAL *const *a, const REAL *b, const Terms t, REAL *const *to, int adds) {
     V c[MR][NV];
-    tile(mr, NV, ROW_POINTERS, a, b, t, c);
+    tile(mr, ROW_POINTERS, a, b, t, c);
 #pragma GCC unroll 24
     for (int m = 0; m < mr; m++) /* one after the other, because adjacent kernels overlap */
 #pragma GCC unroll 2
@@ -647,17 +642,17 @@ INLINE void prefetch_lines(Prefetch *c, I n) {
     }
 }
 
-INLINE void weight_tile(const int mr, const int nv, const int layout, const REAL *const *a, const REAL *b, const Terms t, REAL factor,
+INLINE void weight_tile(const int mr, const int layout, const REAL *const *a, const REAL *b, const Terms t, REAL factor,
                         const REAL *from, REAL *to, const Rule *rule, I place) {
     V c[TALL][NV];
-    tile(mr, nv, layout, a, b, t, c);
+    tile(mr, layout, a, b, t, c);
     if (rule) {
         const Rule r = *rule; /* a copy, which no store can change */
 #pragma GCC unroll 24
         for (int m = 0; m < mr; m++)
 #pragma GCC unroll 2
-            for (int v = 0; v < nv; v++) {
-                const I at = m * nv * VL + v * VL;
+            for (int v = 0; v < NV; v++) {
+                const I at = m * NR + v * VL;
                 store(to + at, stepped(&r, place + at, load(from + at), c[m][v]));
             }
         return;
@@ -667,8 +662,8 @@ INLINE void weight_tile(const int mr, const int nv, const int layout, const REAL
 #pragma GCC unroll 24
     for (int m = 0; m < mr; m++)
 #pragma GCC unroll 2
-        for (int v = 0; v < nv; v++) {
-            const I at = m * nv * VL + v * VL;
+        for (int v = 0; v < NV; v++) {
+            const I at = m * NR + v * VL;
             store(to + at, (from ? load(from + at) : (V){0}) + f * c[m][v]);
         }
 }
@@ -685,34 +680,29 @@ typedef struct {
 static void weight_gradient(const Layer *s, I p, const REAL *const *in, const REAL *dy, I rows, REAL factor, Sink sink,
                             Prefetch *prefetch) {
     const LayerSpec *t = &s->spec;
-    const I wide = s->wide, line = s->frame_x * t->channels, runs = s->flat ? 1 : t->out_y, n = s->flat ? rows : t->out_x;
+    const I line = s->frame_x * t->channels, runs = s->flat ? 1 : t->out_y, n = s->flat ? rows : t->out_x;
     Terms terms = {runs, n, t->stride_y * line, s->flat ? 0 : t->stride_x * t->channels, n * s->padded_out,
                    s->padded_out};
-    const REAL *b = dy + p * wide;
-    const REAL *from = sink.from ? sink.from + p * s->taps * wide : 0;
-    REAL *to = sink.to + p * s->taps * wide;
-    I place = s->weights_at + p * s->taps * wide; /* of `to` in the packed weights */
+    const REAL *b = dy + p * NR;
+    const REAL *from = sink.from ? sink.from + p * s->taps * NR : 0;
+    REAL *to = sink.to + p * s->taps * NR;
+    I place = s->weights_at + p * s->taps * NR; /* of `to` in the packed weights */
     for (I i = 0; i < s->runs; i++)
         for (I q = 0, mr; q < s->run; q += mr) {
             const I left = s->run - q;
             mr = TALL > MR && left >= TALL ? TALL : tile_height(left);
             const REAL *a = in[0] + i * line + q;
             if (s->flat) terms.a_run = q;
-#define TILE(mr, nv) s->flat ? weight_tile(mr, nv, STRIDED_TERMS, in, b, terms, factor, from, to, sink.rule, place)     \
-                             : weight_tile(mr, nv, ADJACENT_ROWS, &a, b, terms, factor, from, to, 0, 0)
-#define CALL(mr) if (wide == NR) TILE(mr, NV); else TILE(mr, 1)
-            if (mr > MR) {
-                CALL(TALL);
-            } else {
-                CASES(mr, CALL)
-            }
+#define CALL(mr) s->flat ? weight_tile(mr, STRIDED_TERMS, in, b, terms, factor, from, to, sink.rule, place)            \
+                         : weight_tile(mr, ADJACENT_ROWS, &a, b, terms, factor, from, to, 0, 0)
+            if (mr > MR) CALL(TALL);
+            else CASES(mr, CALL)
 #undef CALL
-#undef TILE
-            to += mr * wide, place += mr * wide;
-            if (from) from += mr * wide; /* 0 + 0 is undefined in C */
+            to += mr * NR, place += mr * NR;
+            if (from) from += mr * NR; /* 0 + 0 is undefined in C */
             if (prefetch) prefetch_lines(prefetch, PREFETCH_LINES);
         }
-    for (I v = p * wide; t->bias >= 0 && v < (p + 1) * wide; v += VL) {
+    for (I v = p * NR; t->bias >= 0 && v < (p + 1) * NR; v += VL) {
         V c = {0};
         for (I q = 0; q < runs * n; q++) c += load(dy + q * s->padded_out + v);
         if (sink.rule)
@@ -850,7 +840,7 @@ static I forward_backward(const JobThreads *shared, Scratch *scratch, const I *r
         first_rows[b] = read_row(job, s, rows[b], room + s->in + scratch->table * s->input_pitch + b * s->in_stride);
     for (I k = 0; k < count; k++, s++) {
         const REAL **in = k ? rows_in : first_rows;
-        const I panels = s->padded_out / s->wide;
+        const I panels = s->padded_out / NR;
         for (I b = 0; k && b < n; b++) rows_in[b] = room + s->in + b * s->in_stride;
         if (s->flat) {
             for (I p = 0; p < panels; p++) {
@@ -883,7 +873,7 @@ static I forward_backward(const JobThreads *shared, Scratch *scratch, const I *r
         const REAL **in = k ? rows_in : first_rows, *next = room + s[1].grad, *act = room + s[1].in;
         REAL *grad = k ? room + s->grad : 0, *g = scratch->g + s->weights_at, *gb = scratch->g + s->bias_at;
         REAL *w = scratch->w + s->weights_at, *wb = scratch->w + s->bias_at;
-        const I panels = s->padded_out / s->wide;
+        const I panels = s->padded_out / NR;
         for (I b = 0; k && b < n; b++) rows_in[b] = room + s->in + b * s->in_stride;
         if (k) transpose(s, w, scratch->transposed);
         if (s->flat) {
@@ -923,7 +913,7 @@ static I forward_backward(const JobThreads *shared, Scratch *scratch, const I *r
 static void flush(const JobThreads *shared, Scratch *scratch) {
     const Layer *s = shared->layers;
     const REAL *from = current_weights(shared, scratch);
-    for (I p = 0; p < s->padded_out / s->wide; p++) apply_pending(shared, scratch, p);
+    for (I p = 0; p < s->padded_out / NR; p++) apply_pending(shared, scratch, p);
     if (!scratch->pending_rows && scratch->fresh) memcpy(scratch->w, from, sizeof(REAL) * (s->bias_at + s->padded_out));
     scratch->pending_rows = scratch->fresh = 0;
 }
@@ -1087,8 +1077,7 @@ static void plan_buffers(JobThreads *shared) {
         s->flat = s->pixels == 1 && s->taps == (t->height + 2 * t->pad_y) * s->frame_x * t->channels;
         s->runs = s->frame_x == t->kernel_x ? 1 : t->kernel_y;
         s->run = s->taps / s->runs;
-        s->wide = s->flat || t->out > VL ? NR : VL;
-        s->padded_out = up(t->out, s->wide);
+        s->padded_out = up(t->out, NR);
         s->weights_at = at, at += s->padded_out * s->taps;
         s->bias_at = at, at += s->padded_out;
         s->input_pitch = shared->rows * s->in_stride + NR;
