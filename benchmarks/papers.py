@@ -156,7 +156,7 @@ def line(cell: Mapping[str, Any], wide: int, form: str, next_to: Sequence[str] =
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=list(TABLES))
+    parser.add_argument("table", choices=list(TABLES), nargs="?", default="heart")
     parser.add_argument("--rows", help="names or patterns of rows, separated by commas; default: all")
     parser.add_argument("--rounds", type=rounds_of, help="rounds or epochs instead of the published number")
     parser.add_argument("--seeds", type=seeds_of, help="42 or 42-46; default: 42-46 for heart, else 42")
