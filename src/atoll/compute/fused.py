@@ -412,9 +412,10 @@ class FusedDescent:
         constant = self._constant()
         self._lanes = Lanes(
             [t.clone(memory_format=torch.contiguous_format) for t in of_lanes],
-            [t.new_zeros(t.shape) for t in of_lanes] if rule.momentum else [],
+            [empty(t, t.shape) for t in of_lanes] if rule.momentum else [],
             [] if constant is None else program.split(constant.view(-1, constant.shape[-1])),
         )
+        self._momentum = 0.0  # of the first step, which writes the velocity without reading it
         self._active = self._lanes if lanes > 1 else None
         self._pair: Lanes | None = None  # the last active lane and its copy: a single lane rounds differently
         self._share: tuple[tuple[int, ...], Tensor, Tensor] | None = None
@@ -482,7 +483,8 @@ class FusedDescent:
             return program.run(lanes.theta, x, y, share, Sink(lanes.theta, 1.0, -rule.lr / self._keep, then))
         if one_pass and rule.momentum and not rule.nesterov:
             then = partial(_finish_momentum, lanes, rule)
-            return program.run(lanes.theta, x, y, share, Sink(lanes.velocity, rule.momentum, 1.0, then))
+            sink, self._momentum = Sink(lanes.velocity, self._momentum, 1.0, then), rule.momentum
+            return program.run(lanes.theta, x, y, share, sink)
         gradient, each = program.gradient(lanes.theta, x, y, share)
         if self._keep is not None:
             for i, (t, g) in enumerate(zip(lanes.theta, gradient, strict=True)):
@@ -493,7 +495,10 @@ class FusedDescent:
                     (t if self._keep == 1.0 else t.mul_(self._keep)).add_(g, alpha=-rule.lr)
             return each
         self._pull(gradient, lanes)
-        if rule.momentum:
+        if rule.momentum and not self._momentum:
+            self._momentum = rule.momentum
+            torch._foreach_copy_(lanes.velocity, gradient)
+        elif rule.momentum:
             torch._foreach_mul_(lanes.velocity, rule.momentum)
             torch._foreach_add_(lanes.velocity, gradient)
         if rule.nesterov:
