@@ -23,7 +23,7 @@ run() {
         "$python" -m pytest -q -n 0 --capture=sys -p no:cacheprovider -m "not slow" \
         "$here/identities/test_exact.py" "$here/identities/test_numerics.py" \
         "$here/identities/test_dropout.py" "$here/identities/test_precision.py" \
-        "$here/identities/test_bounded_rows.py" "$here/identities/test_discrete_gaussian.py" "$@"
+        "$here/identities/test_bounded_rows.py" "$here/identities/test_pull.py" "$here/identities/test_discrete_gaussian.py" "$@"
 }
 
 run gcc "" "$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" "$@"

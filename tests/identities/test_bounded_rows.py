@@ -10,19 +10,23 @@ from problems import needs_native
 
 from atoll.base.random import Key
 from atoll.compute import bounded_rows, native
-from atoll.compute.bounded_rows import norms, rounded_rows, scaled
+from atoll.compute.bounded_rows import combined, combined_and_added, norms, quotients, rounded_rows, scaled
 from atoll.compute.tensor_notes import BLOCK, lookup
 
 HARD = [0.0, -0.0, 1e-45, -1e-38, 3e38, math.inf, -math.inf, math.nan, 0.5, -1.5]
 
 
 def passes(x, exponent, limit, key, natively):
-    """The three results, and the peaks of the two that have rows."""
+    """The results, and the peaks of those that have rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bounded_rows, "_NATIVE", natively)
         size = norms(x)
         factors = (1 / size.clamp(min=0.3)).to(x.dtype)
-        rows = scaled(x, factors), rounded_rows(x, exponent, limit, key)
+        base = x[0] * 0.3 if len(x) else x.new_zeros(x.shape[1])
+        total, after = combined_and_added(x, factors, base, x.flip(0))
+        rows = scaled(x, factors), rounded_rows(x, exponent, limit, key), quotients(x, factors), total
+        rows = (*rows, combined(x, factors, x.flip(0)))
+        size = torch.cat([size, after.to(size)], 1)
     return size, *rows, *(lookup(each, "peaks") for each in rows)
 
 
@@ -47,10 +51,10 @@ def test_native_code_has_the_bits_of_torch(seed, d, exponent, limit, hard):
             x[1, (seed * (i + 1)) % d] = value
     key = Key(seed).of(torch.tensor([7, 1, 4]))
     ours, theirs = (passes(x, exponent, limit, key, natively) for natively in (True, False))
-    for a, b in zip(ours[:3], theirs[:3], strict=True):
+    for a, b in zip(ours[:6], theirs[:6], strict=True):
         assert a.shape == b.shape and bits(a.nan_to_num(7.0)).equal(bits(b.nan_to_num(7.0)))
         assert a.isnan().equal(b.isnan())
-    for rows, peaks in zip(ours[1:3], ours[3:], strict=True):
+    for rows, peaks in zip(ours[1:6], ours[6:], strict=True):
         for k in range(3 if d else 0):
             for b, block in enumerate(rows[k].split(BLOCK)):
                 assert peaks[k, b].equal(block.abs().amax()) or (peaks[k, b].isnan() and block.isnan().any())
@@ -73,5 +77,6 @@ def test_a_norm_and_a_row_do_not_depend_on_the_other_rows(dtype):
 @pytest.mark.parametrize("natively", [False, pytest.param(True, marks=needs_native)])
 @pytest.mark.parametrize("d", [0, 5, BLOCK + 5])
 def test_no_client_has_no_row(natively, d):
-    sizes, *rows, _, _ = passes(torch.zeros(0, d), 3, 4, Key(1).of(torch.arange(0)), natively)
-    assert sizes.shape == (0, 1) and all(each.shape == (0, d) for each in rows)
+    sizes, *results = passes(torch.zeros(0, d), 3, 4, Key(1).of(torch.arange(0)), natively)
+    rows = results[: len(results) // 2]
+    assert sizes.shape == (0, 1 + d) and all(each.shape == (0, d) for each in rows)

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from problems import COMPILED, classification, run, seeded, task_of
+from problems import COMPILED, classification, needs_native, run, seeded, task_of
 from quick_cases import one_in, only
 from torch import nn
 from torch.func import functional_call, grad
@@ -61,7 +61,8 @@ class Fixed(Correction):
             return 0.1 * (row * facts.rows[:, None] if self.each else row).expand(shape)
 
         start = theta + draw("start") if "start" in self.names else None
-        return Pull(start, *(draw(n) if n in self.names else None for n in ("anchor", "shift")), self.mu)
+        anchor, shift, offset = (draw(n) if n in self.names else None for n in ("anchor", "shift", "offset"))
+        return Pull(start, anchor, shift, self.mu, offset)
 
 
 def updated(body, make, optimizer, correction, dtype=torch.float64, batch=3, sizes=SIZES, share=1.0):
@@ -95,9 +96,9 @@ def reference(make, optimizer, correction):
     pull = Pull() if local.correction is None else local.correction.pull(broadcast, memory, facts)
     out = []
     for k in range(len(lanes.sizes)):
-        theta, anchor, shift = (
+        theta, anchor, shift, offset = (
             t if t is None or t.dim() == 1 else t[k]
-            for t in (broadcast.model.theta if pull.start is None else pull.start, pull.anchor, pull.shift)
+            for t in (broadcast.model.theta if pull.start is None else pull.start, pull.anchor, pull.shift, pull.offset)
         )
         y, v = theta.clone(), torch.zeros_like(theta)
         for places, counts in batches:
@@ -110,6 +111,7 @@ def reference(make, optimizer, correction):
 
             g = grad(loss)(y) + rule.weight_decay * y
             g = g + pull.mu * (y - (0 if anchor is None else anchor)) + (0 if shift is None else shift)
+            g = g - (0 if offset is None else offset)
             v = rule.momentum * v + g
             y = y - 0.1 * (g + rule.momentum * v if rule.nesterov else v)
         out.append(theta - y)
@@ -128,7 +130,11 @@ CASES = list(
             None,
             Fixed(0.5, (), False),
             None,
+            Fixed(0.0, ("offset",), True),
+            Fixed(0.5, ("anchor", "offset"), False),
+            Fixed(0.2, ("anchor", "shift", "offset"), True),
         ],
+        fillvalue=OPTIMIZERS[0],
     )
 )
 
@@ -150,6 +156,37 @@ def test_float32_agrees(body):
         wide = updated("lanes", mlp, optimizer, correction)[0].means["update"]
         found = updated(body, mlp, optimizer, correction, torch.float32)[0].means["update"]
         assert float((found.double() - wide).norm() / wide.norm()) < 1e-5
+
+
+@dataclass(frozen=True, repr=False)
+class Joined(Correction):
+    """The pull of another correction with s − o − μa as its shift."""
+
+    inner: Fixed
+
+    def pull(self, broadcast, memory, facts):
+        pull = self.inner.pull(broadcast, memory, facts)
+        rule = StepRule(0.1, mu=pull.mu, anchor=pull.anchor, shift=pull.shift, offset=pull.offset)
+        return Pull(shift=rule.constant(), mu=pull.mu)
+
+
+@needs_native
+@pytest.mark.parametrize("names", [("offset",), ("anchor", "offset"), ("anchor", "shift", "offset")])
+@pytest.mark.parametrize("make", [mlp, conv])
+def test_native_code_reads_an_offset_with_the_bits_of_its_sum(names, make):
+    """Vectors of all clients, and an offset of each client where it is in memory."""
+
+    class Mixed(Fixed):
+        def pull(self, broadcast, memory, facts):
+            shared, own = Fixed(0.3, names, False), Fixed(0.3, names, True)
+            return shared.pull(broadcast, memory, facts)._replace(offset=own.pull(broadcast, memory, facts).offset)
+
+    for optimizer in OPTIMIZERS[:3]:
+        mixed = Mixed(0.3, names, True)
+        got, want = (
+            updated("compiled", make, optimizer, c, torch.float32)[0].means["update"] for c in (mixed, Joined(mixed))
+        )
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("body", ["fused", COMPILED])

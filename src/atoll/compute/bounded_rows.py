@@ -1,7 +1,8 @@
-"""Passes over the updates of clients: their norms, a factor for each, and random rounding to a grid.
+"""Passes over the updates of clients: their norms, a factor or a divisor for each, sums, and random rounding to a grid.
 
 Native code and torch give the same bits: each sum of squares has one fixed order, and every other step rounds one
-number. Native code serves float32 on the CPU; it also records the peaks from which an exact sum chooses its places.
+number. If the CPU can, torch and native code round a product and its sum together. Native code serves float32 on the
+CPU; it also records the peaks from which an exact sum chooses its places.
 
 Tests: tests/identities/test_bounded_rows.py
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +71,69 @@ def scaled(x: Tensor, factors: Tensor) -> Tensor:
     return out
 
 
+def quotients(x: Tensor, divisors: Tensor) -> Tensor:
+    """Each row divided by its divisor.
+
+    Args:
+        x: float `[K, d]`.
+        divisors: `[K, 1]`, of the dtype of x.
+    Example:
+        >>> quotients(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]]))
+        tensor([[1.5000, 2.0000]])
+    """
+    native, out = _library(x), empty(x, x.shape)
+    if native is None or not x.is_contiguous():
+        return torch.div(x, divisors, out=out)
+    divisors, peaks, sizes = divisors.contiguous(), x.new_empty(len(x), blocks(x.shape[1])), _sizes(x)
+    native.quotients(_at(x), *sizes, _at(divisors), _at(out), _at(peaks))
+    attach(out, "peaks", peaks)
+    return out
+
+
+def combined(x: Tensor, factors: Tensor, base: Tensor) -> Tensor:
+    """factor · x + base for each row.
+
+    Args:
+        x: float `[K, d]`.
+        factors: `[K, 1]`, of the dtype of x.
+        base: `[d]` for all rows or `[K, d]`.
+    Example:
+        >>> combined(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.5]]), torch.tensor([1.0, 0.0]))
+        tensor([[2.5000, 2.0000]])
+    """
+    return _combined(x, factors, base, None)[0]
+
+
+def combined_and_added(x: Tensor, factors: Tensor, base: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """z = factor · x + base and own + z for each row, in one pass over the rows.
+
+    Args:
+        x, own: float `[K, d]`.
+        factors: `[K, 1]`, of the dtype of x.
+        base: `[d]` for all rows or `[K, d]`.
+    Example:
+        >>> x, own = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 1.0]])
+        >>> combined_and_added(x, torch.tensor([[0.5]]), torch.tensor([1.0, 0.0]), own)
+        (tensor([[2.5000, 2.0000]]), tensor([[3.5000, 3.0000]]))
+    """
+    out, after = _combined(x, factors, base, own)
+    return out, after
+
+
+def _combined(x: Tensor, factors: Tensor, base: Tensor, own: Tensor | None) -> tuple[Tensor, Any]:
+    native, out = _library(x), empty(x, x.shape)
+    after = None if own is None else empty(x, x.shape)
+    if native is None or not all(t is None or t.is_contiguous() for t in (x, base, own)):
+        torch.addcmul(base, x, factors, out=out)
+        return out, None if own is None else torch.add(own, out, out=after)
+    stride = ctypes.c_int64(0 if base.dim() == 1 else x.shape[1])
+    factors, peaks = factors.contiguous(), x.new_empty(len(x), blocks(x.shape[1]))
+    added = (None if own is None else _at(own), _at(out), None if after is None else _at(after))
+    native.combine(_at(x), *_sizes(x), _at(factors), _at(base), stride, *added, _at(peaks))
+    attach(out, "peaks", peaks)
+    return out, after
+
+
 def rounded_rows(x: Tensor, exponent: int, limit: int, key: Key) -> Tensor:
     """Each number as a multiple of 2^-exponent, at random and without bias, and cut to ±limit · 2^-exponent.
 
@@ -116,6 +181,10 @@ def _library(x: Tensor) -> ctypes.CDLL | None:
     """The native library if it is built and can read these rows; otherwise None."""
     served = _NATIVE and x.dtype == torch.float32 and x.stride(-1) == 1
     return serving("bounded", x) if served else None
+
+
+def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
+    return ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1])
 
 
 def _at(row: Tensor) -> ctypes.c_void_p:

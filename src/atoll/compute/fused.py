@@ -429,10 +429,11 @@ class FusedDescent:
             return rule.constant()
         kappa = (1.0 - self._keep) / rule.lr  # of the rounded factor of y
         anchor = None if rule.anchor is None or not rule.mu else rule.anchor * ((kappa - rule.decay) / kappa)
-        if rule.shift is None or anchor is None:
-            return anchor if rule.shift is None else rule.shift * (-1.0 / kappa)
-        out = empty(rule.shift, torch.broadcast_shapes(rule.shift.shape, anchor.shape))
-        return torch.sub(anchor, rule.shift, alpha=1.0 / kappa, out=out)
+        shift, sign = (rule.offset, 1.0) if rule.shift is None else (rule.shifted(), -1.0)
+        if shift is None or anchor is None:
+            return anchor if shift is None else shift * (sign / kappa)
+        out = empty(shift, torch.broadcast_shapes(shift.shape, anchor.shape))
+        return torch.add(anchor, shift, alpha=sign / kappa, out=out)
 
     @property
     def loss(self) -> Tensor:

@@ -514,7 +514,7 @@ class StepFacts(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """An affine pull of each local step: g ← ∇ℓ(y) + μ(y − a) + s, from y = y₀.
+    """An affine pull of each local step: g ← ∇ℓ(y) + μ(y − a) + s − o, from y = y₀.
 
     A tensor is `[d]` for all clients, `[K, d]`, or None.
 
@@ -523,12 +523,14 @@ class Pull(NamedTuple):
         anchor: a; None: 0.
         shift: s; None: 0.
         mu: μ ≥ 0.
+        offset: o; None: 0. A vector of the client memory that is subtracted needs no copy if it is given here.
     """
 
     start: Tensor | None = None
     anchor: Tensor | None = None
     shift: Tensor | None = None
     mu: float = 0.0
+    offset: Tensor | None = None
 
 
 class Finished(NamedTuple):

@@ -108,7 +108,7 @@ def check_correction(part: Any) -> None:
     facts = StepFacts(0.1, 0.0, batch.rows, steps, None, batch.class_counts)
     pull = pure(f"{part!r}.pull", part.pull, broadcast, memory, facts)
     require(isinstance(pull, Pull), f"{part!r}.pull gave {pull!r}.", "a Pull.", "the backends read its fields.")
-    for name in ("start", "anchor", "shift"):
+    for name in ("start", "anchor", "shift", "offset"):
         tensor = getattr(pull, name)
         shapes = ((task.layout.d,), (len(ids), task.layout.d))
         require(

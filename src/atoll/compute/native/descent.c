@@ -52,6 +52,7 @@
 #define CACHE_LINE 64         /* bytes */
 #define CACHE_BYTES (1 << 23) /* larger results do not fit the caches */
 #define PREFETCH_LINES 8      /* cache lines requested with each tile of products */
+#define PACK_AHEAD 64         /* numbers of a row of weights that are prefetched before they are packed */
 #define TRANSPOSE_RUN 128     /* taps transposed at once: a multiple of NR */
 
 /* Load a vector into a register once. Otherwise the compiler reads memory again for each product, and a core can
@@ -73,6 +74,19 @@
 #else
 #define STREAM(p, v) store(p, v)
 #define STREAM_FENCE
+#endif
+
+/* a − b · c with one rounding, as in torch, at every level of optimization. */
+#if defined(__AVX512F__) && defined(WIDE)
+#define SUBTRACT_PRODUCT(a, b, c) ((V)_mm512_fnmadd_pd((__m512d)(b), (__m512d)(c), (__m512d)(a)))
+#elif defined(__AVX512F__)
+#define SUBTRACT_PRODUCT(a, b, c) ((V)_mm512_fnmadd_ps((__m512)(b), (__m512)(c), (__m512)(a)))
+#elif defined(__FMA__) && defined(WIDE)
+#define SUBTRACT_PRODUCT(a, b, c) ((V)_mm256_fnmadd_pd((__m256d)(b), (__m256d)(c), (__m256d)(a)))
+#elif defined(__FMA__)
+#define SUBTRACT_PRODUCT(a, b, c) ((V)_mm256_fnmadd_ps((__m256)(b), (__m256)(c), (__m256)(a)))
+#else
+#define SUBTRACT_PRODUCT(a, b, c) ((a) - (b) * (c))
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -135,6 +149,9 @@ SHARED_STRUCT(LayerSpec, LAYER_FIELDS)
     F(double, kappa)     /* the factor of w in the pull */                                                            \
     F(const REAL *, constant) /* of the pull; 0: none */                                                              \
     F(I, constant_stride) /* 0: one constant for all clients */                                                       \
+    F(const REAL *, offset) /* [client][d]: subtracted from the one constant of all clients; 0: none */               \
+    F(const REAL *, anchor) /* [d]: mu · anchor is subtracted after the offset; 0: none */                            \
+    F(double, mu)                                                                                                     \
     F(REAL *, velocity)  /* of each client before and after the steps; 0: it starts at 0 */                           \
     F(REAL *, out)                                                                                                    \
     F(REAL *, losses)    /* sum over the rows of a client in a step, in the order of the counts */                    \
@@ -165,7 +182,7 @@ typedef struct {
     Layer *layers;
     I packed, room; /* numbers in the packed weights and in the buffers of all layers */
     I rows;         /* rows in the largest pass */
-    const REAL *start, *constant; /* packed, of all clients */
+    const REAL *start, *constant, *anchor; /* packed, of all clients */
     _Atomic I next, status;
 } JobThreads;
 
@@ -338,25 +355,46 @@ static void transpose_square(const REAL *src, I from, REAL *dst, I to) {
 
 /* ---- θ in the order of torch, and packed ---- */
 
-static void pack(const Layer *s, I count, const REAL *theta, REAL *packed) {
+/* The constant of one client's pull, shift − offset − mu · anchor, from its packed offset. */
+typedef struct {
+    const REAL *shift, *anchor; /* packed; 0: none */
+    REAL mu;
+} Pull;
+
+/* Replace n packed numbers of the offset, whole vectors from position `at` on, by the constant. */
+INLINE void subtract_offset(const Pull *pull, REAL *packed, I at, I n) {
+    for (const I end = at + n; at < end; at += VL) {
+        V c = pull->shift ? load(pull->shift + at) - load(packed + at) : -load(packed + at);
+        if (pull->anchor) c = SUBTRACT_PRODUCT(c, (V){0} + pull->mu, load(pull->anchor + at));
+        store(packed + at, c);
+    }
+}
+
+/* Pack θ, or the offset of a pull as the constant of the pull. */
+static void pack(const Layer *s, I count, const REAL *theta, REAL *packed, const Pull *pull) {
     for (I k = 0; k < count; k++, s++) {
         const LayerSpec *t = &s->spec;
         const I area = t->kernel_y * t->kernel_x;
         REAL *w = packed + s->weights_at;
-        memset(w, 0, sizeof(REAL) * s->padded_out * s->taps);
         for (I p = 0; p < s->padded_out / NR; p++) {
-            const I outs = smaller(NR, t->out - p * NR);
+            const I outs = smaller(NR, t->out - p * NR), at = s->weights_at + p * s->taps * NR;
             const REAL *from = theta + t->weight + p * NR * s->taps;
             REAL *to = w + p * s->taps * NR;
             I first = 0;
-            for (; area == 1 && outs == NR && first + NR <= s->taps; first += NR)
+            if (outs < NR) memset(to, 0, sizeof(REAL) * s->taps * NR);
+            for (; area == 1 && outs == NR && first + NR <= s->taps; first += NR) {
+                for (I o = 0; o < NR; o++) __builtin_prefetch(from + o * s->taps + first + PACK_AHEAD);
                 transpose_square(from + first, s->taps, to + first * NR, NR);
+                if (pull) subtract_offset(pull, packed, at + first * NR, NR * NR);
+            }
             for (I o = 0; o < outs; o++)
                 for (I c = first; c < t->channels; c++)
                     for (I i = 0; i < area; i++) to[(i * t->channels + c) * NR + o] = from[o * s->taps + c * area + i];
+            if (pull) subtract_offset(pull, packed, at + first * NR, (s->taps - first) * NR);
         }
         memset(packed + s->bias_at, 0, sizeof(REAL) * s->padded_out);
         if (t->bias >= 0) memcpy(packed + s->bias_at, theta + t->bias, sizeof(REAL) * t->out);
+        if (t->bias >= 0 && pull) subtract_offset(pull, packed, s->bias_at, s->padded_out);
     }
 }
 
@@ -934,11 +972,15 @@ static Rule client_rule(const JobThreads *shared, const Scratch *scratch, I k) {
     REAL *velocity = scratch->velocity;
     const REAL *constant = shared->constant;
     if (job->constant_stride) {
-        pack(shared->layers, job->layer_count, job->constant + k * job->constant_stride, scratch->constant);
+        pack(shared->layers, job->layer_count, job->constant + k * job->constant_stride, scratch->constant, 0);
+        constant = scratch->constant;
+    } else if (job->offset) {
+        const Pull pull = {shared->constant, shared->anchor, (REAL)job->mu};
+        pack(shared->layers, job->layer_count, job->offset + k * job->d, scratch->constant, &pull);
         constant = scratch->constant;
     }
     if (job->velocity)
-        pack(shared->layers, job->layer_count, job->velocity + k * job->d, velocity);
+        pack(shared->layers, job->layer_count, job->velocity + k * job->d, velocity, 0);
     else if (velocity)
         memset(velocity, 0, sizeof(REAL) * shared->packed);
     return (Rule){(REAL)job->lr, (REAL)job->momentum, (REAL)job->kappa, (int)job->nesterov, constant, velocity};
@@ -955,7 +997,7 @@ static I run_client(JobThreads *shared, Scratch *scratch, I k, I *next) {
     const I copied = s->flat ? s->bias_at + s->padded_out : 0; /* the first layer follows in its first step */
     scratch->fresh = !job->theta_stride && s->flat;
     if (job->theta_stride)
-        pack(s, job->layer_count, job->theta + k * job->theta_stride, scratch->w);
+        pack(s, job->layer_count, job->theta + k * job->theta_stride, scratch->w, 0);
     else
         memcpy(scratch->w + copied, shared->start + copied, sizeof(REAL) * (shared->packed - copied));
     for (I i = 0; i < job->steps && k < job->lanes[i]; i++) {
@@ -1037,7 +1079,8 @@ static void *thread_main(void *argument) {
     const I unit = CACHE_LINE / sizeof(REAL), packed = up(shared->packed, unit);
     const I dy = up(shared->rows * shared->layers->padded_out, unit);
     transposed = up(transposed, unit), outputs = up(outputs, unit);
-    const I constant = shared->job->constant_stride ? packed : 0, velocity = shared->job->momentum ? packed : 0;
+    const I constant = shared->job->constant_stride || shared->job->offset ? packed : 0;
+    const I velocity = shared->job->momentum ? packed : 0;
     REAL *all = buffer_acquire(2 * packed + transposed + outputs + dy + constant + velocity + shared->room);
     if (!all) {
         atomic_store(&shared->status, NO_MEMORY);
@@ -1102,13 +1145,20 @@ void release_buffers(void) {
     for (int i = 0; i < FREE_LIST_SIZE; i++) free(atomic_exchange(free_list + i, 0));
 }
 
+/* The packed numbers of a vector that all clients share, or 0 if memory is exhausted. */
+static REAL *packed_copy(const JobThreads *shared, const REAL *vector) {
+    REAL *packed = buffer_acquire(shared->packed);
+    if (packed) pack(shared->layers, shared->job->layer_count, vector, packed, 0);
+    return packed;
+}
+
 /* Run a job: DONE, NO_MEMORY or NO_CLASS. After NO_MEMORY or NO_CLASS the outputs are undefined. */
 int run(const Job *job) {
     JobThreads shared = {.job = job};
     const I more = smaller(job->threads, job->clients) - 1;
     pthread_t *threads = more > 0 ? calloc(more, sizeof(pthread_t)) : 0;
     shared.layers = calloc(job->layer_count + 1, sizeof(Layer)); /* forward_backward reads one layer after the last */
-    REAL *start = 0, *constant = 0;
+    REAL *start = 0, *constant = 0, *anchor = 0;
     if (!shared.layers || (more > 0 && !threads)) {
         shared.status = NO_MEMORY;
         goto end;
@@ -1116,27 +1166,19 @@ int run(const Job *job) {
     for (I k = 0; k < job->layer_count; k++)
         memcpy(&shared.layers[k].spec, job->layers + k * LayerSpec_count, sizeof(LayerSpec));
     plan_buffers(&shared);
-    if (!job->theta_stride) {
-        if (!(start = buffer_acquire(shared.packed))) {
-            shared.status = NO_MEMORY;
-            goto end;
-        }
-        pack(shared.layers, job->layer_count, job->theta, start);
+    const int constants = job->constant && !job->constant_stride;
+    if ((!job->theta_stride && !(start = packed_copy(&shared, job->theta))) ||
+        (constants && !(constant = packed_copy(&shared, job->constant))) ||
+        (job->anchor && !(anchor = packed_copy(&shared, job->anchor)))) {
+        shared.status = NO_MEMORY;
+        goto end;
     }
-    shared.start = start;
-    if (job->constant && !job->constant_stride) {
-        if (!(constant = buffer_acquire(shared.packed))) {
-            shared.status = NO_MEMORY;
-            goto end;
-        }
-        pack(shared.layers, job->layer_count, job->constant, constant);
-    }
-    shared.constant = constant;
+    shared.start = start, shared.constant = constant, shared.anchor = anchor;
     I started = 0;
     while (started < more && !pthread_create(&threads[started], 0, thread_main, &shared)) started++;
     thread_main(&shared); /* if a thread cannot be created, the others run its clients */
     for (I i = 0; i < started; i++) pthread_join(threads[i], 0);
 end:
-    buffer_release(start), buffer_release(constant), free(shared.layers), free(threads);
+    buffer_release(start), buffer_release(constant), buffer_release(anchor), free(shared.layers), free(threads);
     return (int)shared.status;
 }

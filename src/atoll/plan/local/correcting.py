@@ -79,7 +79,8 @@ class Correcting(NamedTuple):
 
 def pulled_rule(pull: Pull, rule: StepRule) -> StepRule:
     """The rule of the steps with a pull."""
-    return rule._replace(mu=pull.mu, anchor=pull.anchor if pull.mu else None, shift=pull.shift)
+    anchor = pull.anchor if pull.mu else None
+    return rule._replace(mu=pull.mu, anchor=anchor, shift=pull.shift, offset=pull.offset)
 
 
 def pulled_start(pull: Pull, model: Model, lanes: int) -> Model:

@@ -32,7 +32,7 @@ from atoll.base.lines import Line
 from atoll.base.names import under, without_prefix
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields
-from atoll.compute.buffer_pool import empty
+from atoll.compute.bounded_rows import combined, combined_and_added, quotients
 from atoll.compute.layout import Entry, Layout
 from atoll.compute.loss import cross_entropy, name_of_loss
 from atoll.compute.task import Task
@@ -139,8 +139,7 @@ class Scaffold(CorrectionBase):
         return {"control": Declared(layout.d, layout.dtype, "mean")}
 
     def pull(self, broadcast: Broadcast, memory: Tensors, facts: StepFacts) -> Pull:
-        own = memory["control"]
-        return Pull(shift=torch.sub(broadcast.shared["correction"]["control"], own, out=empty(own, own.shape)))
+        return Pull(shift=broadcast.shared["correction"]["control"], offset=memory["control"])
 
     def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
         reach = facts.lr * _column(self, facts, update)
@@ -148,11 +147,9 @@ class Scaffold(CorrectionBase):
             means = {"reach": reach} if self.sends == "update" else {"control": torch.zeros_like(update)}
             return Finished(means, memory=dict(memory))
         control = broadcast.shared["correction"]["control"]
-        change = torch.addcmul(-control, update, 1.0 / reach, out=empty(update, update.shape))
+        change, after = combined_and_added(update, 1.0 / reach, -control, memory["control"])
         means = {"reach": reach} if self.sends == "update" else {"control": change}
-        return Finished(
-            means, memory={"control": torch.add(memory["control"], change, out=empty(update, update.shape))}
-        )
+        return Finished(means, memory={"control": after})
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         control = server["control"]
@@ -212,12 +209,11 @@ class Dynamic(CorrectionBase):
         return {"_h": torch.zeros(layout.d, dtype=layout.dtype)}
 
     def pull(self, broadcast: Broadcast, memory: Tensors, facts: StepFacts) -> Pull:
-        own = memory["gradient"]
-        return Pull(anchor=broadcast.model.theta, shift=torch.neg(own, out=empty(own, own.shape)), mu=self.alpha)
+        return Pull(anchor=broadcast.model.theta, mu=self.alpha, offset=memory["gradient"])
 
     def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
-        own = memory["gradient"]
-        return Finished(memory={"gradient": torch.add(own, update, alpha=self.alpha, out=empty(own, own.shape))})
+        factors = update.new_full((len(update), 1), self.alpha)
+        return Finished(memory={"gradient": combined(update, factors, memory["gradient"])})
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         if "update" not in total.means:
@@ -264,8 +260,7 @@ class Normalised(CorrectionBase):
 
     def finish(self, broadcast: Broadcast, memory: Tensors, update: Tensor, facts: StepFacts) -> Finished:
         weights = _column(self, facts, update)
-        normalised = torch.div(update, weights, out=empty(update, update.shape))
-        return Finished({"update": normalised, "reach": weights}, memory=memory)
+        return Finished({"update": quotients(update, weights), "reach": weights}, memory=memory)
 
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         if "reach" not in total.means:
@@ -630,7 +625,8 @@ class Chained(CorrectionBase):
                 anchor = anchor + (whole.start - theta)  # the anchor shifts with the start
             shift = whole.shift if one.shift is None else one.shift if whole.shift is None else whole.shift + one.shift
             start = whole.start if one.start is None else one.start
-            whole = Pull(start, whole.anchor if anchor is None else anchor, shift, whole.mu + one.mu)
+            offset = whole.offset if one.offset is None else one.offset  # at most one part of a chain has one
+            whole = Pull(start, whole.anchor if anchor is None else anchor, shift, whole.mu + one.mu, offset)
         return whole
 
     def _shared(self, broadcast: Broadcast) -> Iterator[Broadcast]:

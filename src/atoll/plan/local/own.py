@@ -60,15 +60,15 @@ class OwnPart(NamedTuple):
     def pull(self, pull: Pull) -> Pull:
         """A pull of the shared part as one of the whole model.
 
-        The start of the own part is its start in the round, its anchor is this start, and its shift is 0.
+        The start of the own part is its start in the round, its anchor is this start, and its shift and offset are 0.
         """
         start = self.own["theta"]
 
         def whole(shared: Tensor | None, own: Tensor) -> Tensor | None:
             return None if shared is None else joined_parts(shared, own, self.split.theta)
 
-        shift = whole(pull.shift, torch.zeros_like(start))
-        return Pull(whole(pull.start, start), whole(pull.anchor, start), shift, pull.mu)
+        shift, offset = (whole(t, torch.zeros_like(start)) for t in (pull.shift, pull.offset))
+        return Pull(whole(pull.start, start), whole(pull.anchor, start), shift, pull.mu, offset)
 
     def divide(self, trained: Trained) -> tuple[Trained, dict[str, Tensor]]:
         """The result of the shared part, and the own part after the round."""

@@ -392,6 +392,7 @@ class Train(Local):
         if "optimizer" in self.keep:
             state = {n: memory[f"optimizer.{n}"].clone() for n in state}
         stepper = self.optimizer.stepper(model.theta, state, rule.lr)
+        rule = rule.joined()
         pulls = rule.mu or rule.shift is not None
         loss, rows = model.theta.new_zeros(len(lanes.sizes)), torch.zeros_like(lanes.rows)
         for s, (places, counts) in enumerate(batches):
