@@ -56,7 +56,7 @@ PROGRAMS = {
 PROGRAMS |= {"export", "xcode-select", "nvidia-smi", "chmod", "timedatectl"}
 WORDS = {*models.names(), *VALUES, *ENGINES, "north", "north-1", "server.example.org:4433"}
 CODE_OF_USER = re.compile(r"\b[a-z][\w.]*:[a-z]\w*\b")  # module:name, which need not exist
-CODE = re.compile(r"\b(model|torch|nn|self|return|lambda|import|codec|integers|ctx)\b")  # code in a user's module
+CODE = re.compile(r"\b(model|torch|nn|self|return|lambda|import|codec|integers|ctx|plan)\b")  # code in a user's module
 
 
 def check(write):

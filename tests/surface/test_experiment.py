@@ -211,7 +211,7 @@ def test_found_file_is_atoll_toml_then_pyproject():
         ("untrusted = []", ("'untrusted'",)),
         ("[plan]\npce = 'Sync()'", ("'plan.pce'", 'Write: plan.pace = "Sync()"')),
         ("rounds =\nseed = 1", ("experiment.toml is malformed", "line 1")),
-        ("python = true", ("started from Python", "resume=")),
+        ("python = true", ("started from Python", 'Write: atoll.train("mlp", data, plan)')),
     ],
 )
 def test_bad_files_are_refused(text, parts):

@@ -203,7 +203,7 @@ def test_a_run_of_before_gets_its_input_by_resume(run, tmp_path, capsys):
     old = shutil.copytree(found.path, tmp_path / "runs" / found.path.name)
     (old / "input.json").unlink()
     assert answer(["predict", str(old), str(folder / "new.csv")]) == 2
-    assert f"Write: atoll resume {old.name}" in capsys.readouterr().err
+    assert f'Write: atoll.train("logistic", data, plan, resume="{old}")' in capsys.readouterr().err
     data = load(folder / "train.csv", target="ill", by="site").split()
     atoll.train("logistic", data, PLAN, rounds=30, resume=old, report=False)
     assert Input.read(old) == found.input

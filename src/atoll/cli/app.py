@@ -128,11 +128,17 @@ def resume(
     """
     from atoll import runs as folders
     from atoll.cli.run import Look, run_training
+    from atoll.runs.next_line import called, program_call, program_of, started_by_program
     from atoll.training.experiment import Experiment
 
     path = look.find(run, out)
     _refuse_served(path)
     total = folders.rounds_to_run(path, rounds, more)
+    if (program := program_of(path)) is not None:
+        given: dict[str, int] = {
+            name: value for name, value in (("rounds", rounds), ("more", more)) if value is not None
+        }
+        raise started_by_program(path, program_call(program, **given, resume=called(path)))
     it = Experiment.read(path, trust=trust).override(rounds=total)
     return run_training(it, Look(as_json, quiet, trackers=trackers(track)), resume=path, any_version=any_version)
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from atoll.runs.format import format_number, label
-from atoll.runs.summary import called, grid, judged
+from atoll.runs.next_line import called
+from atoll.runs.summary import grid, judged
 
 if TYPE_CHECKING:
     from atoll.runs.events import Run

@@ -15,7 +15,8 @@ from atoll.report.run_data import RunData
 from atoll.runs.confusion import Confusion
 from atoll.runs.format import duration, format_number, label, plain, spread
 from atoll.runs.inference import Inference
-from atoll.runs.summary import called, comparison, confused, grid, judged, near, spent
+from atoll.runs.next_line import called, load_line, near, program_of, resume_line
+from atoll.runs.summary import comparison, confused, grid, judged, spent
 
 
 def brief(path: Path) -> dict[str, Any]:
@@ -81,8 +82,11 @@ def _next(path: Path, status: str) -> str:
         return f"atoll predict {called(path)} my.csv"
     if kind == "server" and status in ("interrupted", "unfinished"):
         return f"atoll serve --home {quoted(near(home))}"
-    command = {"interrupted": "resume", "unfinished": "resume", "running": "show"}.get(status, "export")
-    return f"atoll {command} {called(path)}"
+    if status in ("interrupted", "unfinished"):
+        return resume_line(path)
+    if status != "running" and program_of(path) is not None:  # no command has the data that `export` measures
+        return load_line(path)
+    return f"atoll {'show' if status == 'running' else 'export'} {called(path)}"
 
 
 def _values(event: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING
 
 from atoll.plan.round import Report
 from atoll.runs.format import better, client_name, duration, format_number, label, plain, size, spread, whole
-from atoll.runs.summary import called
+from atoll.runs.next_line import called
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -29,6 +29,7 @@ from atoll.report.run_data import NUMBERS, RunData
 from atoll.runs.folder import CLIENTS
 from atoll.runs.format import client_name, duration, label, plain, rises, spread
 from atoll.runs.labels import Labels
+from atoll.runs.next_line import model_name, program_call
 from atoll.runs.summary import all_row_cells, findings, interval_of, judged, own_row_cells
 
 VERSION = 1
@@ -561,14 +562,15 @@ def _failures(record: RunData) -> TextTable | None:
 
 
 def _lines(record: RunData) -> list[str]:
-    name = record.name
-    python = f'atoll.train(model, data, plan, resume="{name}")' if record.config.get("python") else ""
     if record.events.status == "failed":  # it has no model, and continues to the same failure
         return []
+    name = record.name
+    program = record.config if record.config.get("python") else None
+    unnamed = program is not None and not model_name(program)  # no command can build it
     return [
-        f'model = atoll.load("{name}")',
-        f"atoll predict {name} rows.csv",
-        python or f"atoll resume {name} --more 10",
+        f'model = atoll.load("{name}"{", model" if unnamed else ""})',
+        *([] if unnamed else [f"atoll predict {name} rows.csv"]),
+        f"atoll resume {name} --more 10" if program is None else program_call(program, resume=name, more=10),
     ]
 
 

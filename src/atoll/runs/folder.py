@@ -43,6 +43,7 @@ from atoll.base.lines import Change, Line
 from atoll.runs.confusion import FILE, Confusion
 from atoll.runs.inference import FILE as INFERENCE
 from atoll.runs.inference import Inference
+from atoll.runs.next_line import resume_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +110,7 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path} could not be written: {cause.get(error.errno or 0, error.strerror)}.",
             "space on the disk, and permission to write.",
             "the last checkpoint is intact, and the run can resume from it.",
-            f"atoll resume {_run_of(path).name}",
+            resume_line(_run_of(path)),
         ) from error
 
 
@@ -479,7 +480,7 @@ class RunFolder:
                 f"{self.path.name} was written with {', '.join(other)}.",
                 f"the versions of this machine: {', '.join(f'{n} {ours.get(n)}' for n in ours if n != 'python')}.",
                 "other versions may compute other bits, so the second half of the run would not match the first.",
-                f"atoll resume {self.path.name} --any-version",
+                resume_line(self.path, any_version=True),
             )
 
     def finish(self) -> None:
@@ -583,7 +584,7 @@ def rounds_to_run(path: Path, rounds: int | None, more: int | None) -> int | Non
             f"rounds = {rounds}, and {path.name} has done {done} rounds.",
             f"a total of at least {done} rounds.",
             "rounds that are done stay. The total counts all rounds of the run.",
-            Line(python="more=10", shell=f"atoll resume {path.name} --more 10"),
+            Line(python="more=10", shell=resume_line(path, 10)),
         )
     return rounds
 

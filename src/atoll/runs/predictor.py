@@ -239,6 +239,8 @@ def outputs_of(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         UsageError: an output is NaN or infinite.
     """
+    if x.is_floating_point():  # a module keeps the dtype that the program gave it, also if the run had another one
+        x = x.to(next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype))
     out = torch.cat([logits_of(model(piece)) for piece in x.split(PIECE)]) if len(x) else logits_of(model(x))
     if not bool(torch.isfinite(out).all()):
         row = int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0])

@@ -5,7 +5,6 @@ Tests: tests/surface/test_summary.py, tests/surface/test_cli.py
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from atoll.compute.metric_names import OVER_CLIENTS, PERSONAL, base_metric
 from atoll.runs.confusion import FILE, Confusion
 from atoll.runs.format import better, duration, format_number, label, plain, rises, size, whole
 from atoll.runs.inference import Inference
+from atoll.runs.next_line import called, near, program_of, resume_line
 
 _WIDE = 12  # classes of a confusion table that fits on a terminal
 HIDDEN = ("gradient_norm", "lr")
@@ -92,23 +92,6 @@ def grid(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def called(path: Path) -> str:
-    """The shortest name that the commands accept for a run: its two words if it is in ./runs, else its path.
-
-    Example:
-        >>> called(Path("runs/2026-11-22-calm-reef")), called(Path("other/2026-11-22-calm-reef"))
-        ('calm-reef', 'other/2026-11-22-calm-reef')
-    """
-    here = path.resolve().parent == Path("runs").resolve()
-    return path.name[11:] if here and len(path.name) > 11 else near(path)
-
-
-def near(path: Path) -> str:
-    """A path relative to the working folder if it is inside it, else the path itself."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
-
-
 def summary(run: Summarized) -> str:
     """The last lines of a run: outcome, comparison, costs, files, and the next command.
 
@@ -171,9 +154,10 @@ def following(run: Summarized) -> str:
     if run.path is None:
         return "atoll run"
     if run.status == "interrupted":
-        return f"atoll resume {called(run.path)}"
+        return resume_line(run.path)
     if "local" not in run.baselines and "skipped" not in run.baselines and not run.privacy:
-        return f"atoll show {called(run.path)}, or the same with --baselines, for pooled and local-only training"
+        same = "--baselines" if program_of(run.path) is None else "baselines=True"
+        return f"atoll show {called(run.path)}, or the same with {same}, for pooled and local-only training"
     return f"atoll show {called(run.path)}"
 
 

@@ -19,7 +19,7 @@ Tests: tests/surface/test_tools.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,11 +30,12 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.files import write_output
-from atoll.base.lines import Change
+from atoll.base.lines import Change, literal
 from atoll.base.random import Key, user_scope
 from atoll.compute.metric_names import direction
 from atoll.engine.inprocess import InProcessEngine
 from atoll.runs.folder import HIDDEN
+from atoll.runs.next_line import near, resume_line
 from atoll.runs.personal import ClientModels
 from atoll.tools.rebuild import training_in
 from atoll.training.evaluation import evaluate
@@ -124,11 +125,15 @@ def export(
             f"{file} does not exist.",
             "a run that has ended.",
             "a run writes its model at the end.",
-            f"atoll resume {folder.name}",
+            resume_line(folder),
         )
     target = Path(out) if out is not None else folder / f"model-{dtype}.safetensors"
     state = load_file(file)
-    training = training_in(folder, trust=trust, start=False) if training is None else training
+    training = (
+        training_in(folder, _python(folder, dtype, out, client), trust=trust, start=False)
+        if training is None
+        else training
+    )
     hidden = file.with_name(file.stem + HIDDEN)
     others = load_file(hidden) if hidden.is_file() else {}
     number = None
@@ -236,6 +241,15 @@ def _measured(training: Training, state: Mapping[str, Tensor], client: int | Non
             return {}
         rows = held.only(client)
     return evaluate(at, InProcessEngine(training.task, rows, training.settings.chunk)).metrics
+
+
+def _python(folder: Path, dtype: str, out: str | Path | None, client: int | str | None) -> Callable[[str], str]:
+    """The lines of an export with a training that a program makes."""
+    more = {n: str(v) if isinstance(v, Path) else v for n, v in (("out", out), ("client", client)) if v is not None}
+    words = [literal(near(folder)), literal(dtype), *(f"{n}={literal(v)}" for n, v in more.items())]
+    return lambda training: (
+        f"from atoll.tools.export import export\nprint(export({', '.join(words)}, training={training}).text())"
+    )
 
 
 def _moved(was: Tensor, now: Tensor) -> float:

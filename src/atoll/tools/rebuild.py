@@ -5,6 +5,7 @@ Tests: tests/surface/test_tools.py, tests/surface/test_replay_flights.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from atoll import runs
 from atoll.base.errors import UsageError
 from atoll.engine.inprocess import InProcessEngine
+from atoll.runs.next_line import program_call, program_of, started_by_program
 from atoll.training.experiment import Experiment
 from atoll.training.rounds import Training
 
@@ -33,11 +35,14 @@ def local_engine(training: Training) -> InProcessEngine:
     return InProcessEngine(training.task, training.data, training.settings.chunk, training.fleet)
 
 
-def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Training:
+def training_in(
+    folder: Path, from_python: Callable[[str], str], *, trust: bool = False, start: bool = True
+) -> Training:
     """The training of a run folder, before its first round, with the backend and the device of the run.
 
     Args:
         folder: the run folder.
+        from_python: makes the line of Python for a run that a program started, from the text of its training.
         trust: whether its config.toml may name code outside atoll.
         start: whether the initial model is loaded if `init` names a file.
     Raises:
@@ -48,6 +53,9 @@ def training_in(folder: Path, *, trust: bool = False, start: bool = True) -> Tra
         raise UsageError(
             f"{folder} is not the folder of a run.", "a folder that contains a config.toml.", write="atoll runs"
         )
+    program = program_of(folder)
+    if program is not None:
+        raise started_by_program(folder, from_python(program_call(program, "atoll.rounds")))
     experiment = Experiment.read(config, trust=trust, old_names=True)
     if not start:
         experiment = replace(experiment, init=None)

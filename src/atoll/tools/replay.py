@@ -25,6 +25,7 @@ from torch import Tensor
 
 from atoll import runs
 from atoll.base.errors import AtollError, RunError, UsageError
+from atoll.base.lines import literal
 from atoll.base.names import without_prefix
 from atoll.base.random import Key, user_scope
 from atoll.engine.simulation.arrivals import Arrivals, message_bytes, simulate_round
@@ -35,6 +36,7 @@ from atoll.plan.round import Opened, close_round, open_round, per_row, select, s
 from atoll.runs.checkpoint import state_from_tensors
 from atoll.runs.fingerprint import fingerprint
 from atoll.runs.format import size
+from atoll.runs.next_line import near
 from atoll.tools.rebuild import local_engine, same_data, training_in
 from atoll.tools.single_client import compute, rejection
 from atoll.training.rounds import Training
@@ -177,7 +179,14 @@ def replay(
     """
     folder = Path(path)
     if training is None:
-        training = training_in(folder, trust=trust)
+        training = training_in(
+            folder,
+            lambda training: (
+                "from atoll.tools.replay import replay\n"
+                f"print(replay({literal(near(folder))}, {round}, {client}, training={training}).text())"
+            ),
+            trust=trust,
+        )
     else:
         same_data(folder, training)
     _refuse_entropy(training.plan, folder.resolve().name)

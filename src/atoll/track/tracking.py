@@ -21,6 +21,7 @@ from atoll.base.lines import Line
 from atoll.base.names import dotted
 from atoll.runs.folder import last_end, read_environment, read_rows
 from atoll.runs.labels import Labels
+from atoll.runs.next_line import resume_line
 
 if TYPE_CHECKING:
     from atoll.plan.round import Report
@@ -290,7 +291,7 @@ def send_run(path: Path, to: Tracker) -> None:
     """
     status = last_end(path).partition(":")[0]
     if not status:
-        raise UsageError(f"{path.name} has not ended.", "a run that has ended.", write=f"atoll resume {path.name}")
+        raise UsageError(f"{path.name} has not ended.", "a run that has ended.", write=resume_line(path))
     to.check_tracker()
     tracking = Tracking(to)
     tracking.start(None, path)

@@ -27,6 +27,7 @@ from atoll.base.lines import TRUST, Change, Line, Part, Split, Text, form
 from atoll.base.names import dotted
 from atoll.base.validation import check_arguments
 from atoll.plan.formula import FEDAVG_RATE
+from atoll.runs.next_line import program_call, program_of, resume_line, started_by_program
 from atoll.training.engine_fields import ENGINE_FIELDS, is_old_default
 from atoll.training.known_names import PARTITIONS, RECIPES, check_call, check_data, check_model
 from atoll.training.setting_texts import (
@@ -225,12 +226,8 @@ class Experiment(grammar.Value, TrainingFields):
                 f"{file} has no section [tool.atoll].", "this section, with settings.", write=Line(file="[tool.atoll]")
             )
         if values.get("python"):
-            raise UsageError(
-                f"{file.parent.name} was started from Python.",
-                "an experiment that a file can describe.",
-                "its model or its data are objects of the program that started it.",
-                f"atoll.train(model, data, plan, resume={str(file.parent)!r})",
-            )
+            rounds = {"rounds": values["rounds"]} if "rounds" in values else {}
+            raise started_by_program(file.parent, program_call(values, **rounds))
         trust = file.name != "config.toml" if trust is None else trust
         given = dotted(values)
         if file.name == "config.toml":  # a run folder; in the file of a user such a value has a meaning
@@ -808,7 +805,7 @@ def load(
     folder = _run_folder(path)
     file = folder / ("best.safetensors" if best else "model.safetensors")
     if not file.is_file():
-        raise UsageError(f"{file} does not exist.", "a run that has ended.", write=f"atoll resume {folder.name}")
+        raise UsageError(f"{file} does not exist.", "a run that has ended.", write=resume_line(folder))
     module = _rebuilt(folder, trust) if model is None else model
     tensors = load_file(file)
     _refuse_other_model(folder, module, tensors)
@@ -934,9 +931,10 @@ def _input_of(folder: Path) -> Input:
             f"{folder.name} has no input.json.",
             "a run with its input.",
             "a version of atoll before this file wrote the run; resuming it writes the file.",
-            f"atoll resume {folder.name}",
+            resume_line(folder),
         )
-    again = Line(shell=f"rm {folder / 'input.json'} && atoll resume {folder.name}")
+    then = " && " if program_of(folder) is None else "\n"
+    again = Line(shell=f"rm {folder / 'input.json'}{then}{resume_line(folder)}")
     try:
         found = Input.read(folder)
     except UsageError as error:
@@ -965,7 +963,10 @@ def _rebuilt(folder: Path, trust: bool) -> nn.Module:
             f"The model of {folder.name} is {name}, which is no model of atoll's own.",
             "the module, or trust=True if the run folder may import code." if not from_python else "the module.",
             "the folder contains numbers, and no code.",
-            Line(f"atoll.load({str(folder)!r}, model)", "" if from_python else "--trust"),
+            Line(
+                f"atoll.load({str(folder)!r}, model)",
+                f"atoll.predictor({str(folder)!r}, model).predict(rows)" if from_python else "--trust",
+            ),
         )
     if not from_python and not (folder / "input.json").is_file():
         # An earlier version wrote the run. The data set has the sizes of the model.
