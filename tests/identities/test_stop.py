@@ -231,3 +231,15 @@ def test_a_metric_without_a_similar_name_has_no_line():
     with pytest.raises(UsageError, match="needs the metric 'brightness'") as refusal:
         refuse_unknown(Target("brightness", above=0.9), ["accuracy", "loss"])
     assert not refusal.value.line
+
+
+@pytest.mark.parametrize(
+    ("plan", "settings"), [("fedavg(0.1)", {}), ("fedavg(0.1)", {"evaluate": "clients"}), ("ditto(0.1)", {})]
+)
+def test_the_names_of_metrics_are_those_of_a_round(plan, settings):
+    """A rule on any reported metric is accepted, also on one over clients."""
+    data = atoll.data.load("wine").split(4)
+    training = atoll.rounds("softmax", data, plan, rounds=1, **settings)
+    assert sorted(training.metric_names) == sorted(training.next().metrics)
+    for name in training.metric_names:
+        atoll.rounds("softmax", data, plan, rounds=1, stop=Target(name, above=0.5), **settings)

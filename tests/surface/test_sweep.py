@@ -185,12 +185,20 @@ def test_values():
         ({LR: "[-1.0, 1.0]"}, {}, "lr"),
         ({LR: "[0.1]"}, {"trials": 0}, "trials"),
         ({LR: "[0.1]"}, {"metric": "acuracy"}, "accuracy"),
+        # Its direction is known, so only the list of this experiment refuses it.
+        ({LR: "[0.1]"}, {"metric": "auc"}, "No metric of the experiment is called 'auc'.*accuracy.*held_out_loss"),
+        ({LR: "[0.1]"}, {"metric": "accuracy_worst10"}, "one of accuracy"),
     ],
 )
 def test_refusals(over, words, match, tmp_path):
-    with pytest.raises(UsageError, match=match):
+    with pytest.raises(UsageError, match=f"(?s){match}"):
         atoll.sweep(wine(), over, out=tmp_path, **words)
     assert not runs.list_runs(tmp_path / "sweep-settings")
+
+
+def test_a_metric_over_clients_chooses(tmp_path):
+    found = atoll.sweep(wine(evaluate="clients", rounds=1), {LR: [0.1]}, metric="accuracy_worst10", out=tmp_path)
+    assert found.higher and found.value is not None
 
 
 def test_noise_needs_a_shared_ledger(tmp_path):

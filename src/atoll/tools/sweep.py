@@ -618,7 +618,9 @@ def _facts(it: Experiment, space: Space, metric: str | None, seeds: int) -> tupl
     usual, higher = training.selection_metric
     known = {m.name: m.higher_is_better for m in training.task.metrics} | {usual: higher}
     if metric is not None and metric not in known:
-        sign = direction(metric)
+        names, sign = training.metric_names, direction(metric)
+        if names is not None and metric not in names:
+            raise unknown_name("metric of the experiment", metric, names, _metric_line)
         if sign is None:
             raise unknown_name("metric with a known better direction", metric, known, _metric_line)
         known[metric] = sign > 0

@@ -33,7 +33,7 @@ from atoll.compute import limits
 from atoll.compute.buffer_pool import BufferPool, use_pool
 from atoll.compute.device import check_precision, move_rows
 from atoll.compute.loss import ClassWeighted, PerExample, built_in, cox, loss_of, poisson
-from atoll.compute.metric_names import PERSONAL
+from atoll.compute.metric_names import OVER_CLIENTS, PERSONAL
 from atoll.compute.metrics import Metric, metrics_of
 from atoll.compute.model_state import Model
 from atoll.compute.task import Task
@@ -178,14 +178,8 @@ class Training:
             self._bind()
         replaced = any(isinstance(rule, stops.Diverged) for _, rule in stops.each(settings.stop))
         self.rules = (stops.Rounds(settings.rounds), () if replaced else stops.Diverged(), settings.stop)
-        if plan.releases:
-            held = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.evaluator else ()
-            stops.refuse_unknown(self.rules, ("epsilon", "gradient_norm", "lr", *held))
-        elif isinstance(plan.local, (Gradient, Train)) and isinstance(plan.codec, Identity):
-            # No other part adds metrics, so all names are known.
-            judged = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.judged else ()
-            own = tuple(f"{PERSONAL}{name}" for name in judged) if self.evaluates_personal else ()
-            stops.refuse_unknown(self.rules, ("loss", "gradient_norm", "lr", *judged, *own))
+        if (names := self.metric_names) is not None:
+            stops.refuse_unknown(self.rules, names)
         self._buffers = BufferPool()
         self.watch: dict[str, Any] = {}
         self.outcome: stops.Outcome | None = None
@@ -602,6 +596,21 @@ class Training:
     def judged(self) -> bool:
         """Whether there are held-out rows, here or on the machines of clients."""
         return self.evaluator is not None or (self.engine.judges and self.settings.evaluate_every > 0)
+
+    @property
+    def metric_names(self) -> tuple[str, ...] | None:
+        """The names of the metrics that rounds may report; None if a part of the plan reports others too."""
+        held = ("held_out_loss", *(m.name for m in self.task.metrics)) if self.judged else ()
+        sites = self.engine.judges and self._shows_clients
+        each = tuple(f"{n}_{over}" for n in held for over in OVER_CLIENTS) if self.by_client or sites else ()
+        if self.plan.releases:
+            return ("epsilon", "gradient_norm", "lr", *(held if self.evaluator else ()), *each)
+        if not isinstance(self.plan.local, (Gradient, Train)) or not isinstance(self.plan.codec, Identity):
+            return None
+        # `personal_M` is a mean over clients, and there is no median of it.
+        over = ("", *(f"_{each}" for each in OVER_CLIENTS if each not in ("clients", "median")))
+        own = tuple(f"{PERSONAL}{n}{o}" for n in held for o in over) if self.evaluates_personal else ()
+        return ("loss", "gradient_norm", "lr", *held, *each, *own)
 
     @property
     def selection_metric(self) -> tuple[str, bool]:
