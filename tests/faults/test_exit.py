@@ -120,3 +120,21 @@ def test_a_loop_closes_the_connections_of_a_silent_peer(tmp_path, side, stage):
         for one in (listening, peer, *peers):
             one.close()
     gc.collect()  # the tests fail by the warning of a transport that is not closed
+
+
+def test_the_end_of_a_loop_waits_for_its_connections_without_looking_again_and_again():
+    waits = []
+
+    async def leave_open(port):
+        loop = asyncio.get_running_loop()
+        link = socket.create_connection(("127.0.0.1", port))
+        transport, _ = await loop.create_connection(asyncio.Protocol, sock=link)
+        loop.call_later(0.05, transport.close)  # in the time that a peer has
+        for name in ("call_at", "call_later"):
+            timer = getattr(loop, name)
+            setattr(loop, name, lambda *args, timer=timer, **kwargs: waits.append(args) or timer(*args, **kwargs))
+        return link
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        link = run_loop(leave_open(listening.getsockname()[1]))
+    assert link.fileno() < 0 and len(waits) <= 3, len(waits)

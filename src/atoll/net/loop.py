@@ -12,7 +12,6 @@ import functools
 import gc
 import socket
 import threading
-import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -93,6 +92,22 @@ class Links:
         # A transport drops its socket when it is closed, and the entry goes with the socket.
         self.open: weakref.WeakKeyDictionary[socket.socket, asyncio.BaseTransport | None]
         self.open = weakref.WeakKeyDictionary()
+        self._ended = ended = asyncio.Event()
+
+        class Noted(socket.socket):
+            """A socket that reports its end: asyncio closes the socket of a transport, and uvloop detaches it."""
+
+            __slots__ = ()
+
+            def close(self) -> None:
+                super().close()
+                ended.set()
+
+            def detach(self) -> int:
+                ended.set()
+                return super().detach()
+
+        self._noted = Noted
 
     def watched(self, loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
         """Note each connection that the loop makes from a socket. Returns the loop."""
@@ -103,6 +118,7 @@ class Links:
     def _noting(self, connect: Any) -> Any:
         @functools.wraps(connect)
         async def noting(*args: Any, sock: socket.socket, **kwargs: Any) -> Any:
+            sock.__class__ = self._noted
             self.open[sock] = None
             made = await connect(*args, sock=sock, **kwargs)
             self.open[sock] = made[0]
@@ -121,13 +137,13 @@ class Links:
             await self._closed(ABORT_S)
 
     async def _closed(self, seconds: float) -> bool:
-        until, step = time.monotonic() + seconds, 0.0
-        while any(link.fileno() >= 0 for link in list(self.open)):
-            if time.monotonic() > until:
-                return False
-            await asyncio.sleep(step)
-            step = 0.001
-        return True
+        """Wait until all connections are closed. Returns whether they are."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while any(link.fileno() >= 0 for link in list(self.open)):
+                    self._ended.clear()
+                    await self._ended.wait()
+        return not any(link.fileno() >= 0 for link in list(self.open))
 
 
 @contextlib.contextmanager
