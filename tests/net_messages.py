@@ -6,6 +6,7 @@ WORK, OTHER = bytes(range(16)), bytes(range(16, 32))
 LEASE = wire.Lease(1_800_000_000, 12)
 HASH = bytes(range(32))
 BLOB = wire.Blob(HASH, 70_000)
+RULES = wire.Rules(60.0, 600.0, 86_400.0, 1 << 24, 4, 2)
 VERSIONS = wire.Versions("3.11.7", "0.1.0", "2.13.0+cpu", "2.4.6")
 PLAN = "Plan(Train(sgd(0.1), epochs=1, batch=10), Mean(), sgd(1.0))"
 
@@ -45,7 +46,7 @@ DOWN = {
     "Settled": wire.Settled((WORK, OTHER)),
     "Cancel": wire.Cancel(WORK),
     "Bye": wire.Bye("done", "Finished 10 rounds.", None, BLOB),
-    "Numbers": wire.Numbers((wire.Place("ward-1", 4), wire.Place("ward-2", wire.RELAYS)), 1),
+    "Numbers": wire.Numbers((wire.Place("ward-1", 4, ""), wire.Place("ward-2", wire.RELAYS, "places")), 1, RULES),
     "Gather": wire.Gather(work(), (wire.Start(4, 0), wire.Start(5, 1))),
     "Bye later": wire.Bye("draining", "", 5.0, None),
 }

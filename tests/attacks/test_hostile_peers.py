@@ -231,7 +231,10 @@ def test_a_frame_that_is_no_message_closes_its_channel_only(peer, code):
         (lambda blob: framed(b"text", 0x81), "frame-type"),
         (lambda blob: framed(wire.encode_frame(wire.Ready(blob.hash, 10, 0))), "order"),
         (lambda blob: framed(hello()) * 2, "order"),
-        (lambda blob: framed(hello()) + framed(wire.encode_frame(wire.Progress(WORK, 1))), "order"),
+        (
+            lambda blob: framed(hello()) + framed(wire.encode_frame(wire.Update(WORK, wire.Lease(1, 1), None, b""))),
+            "order",
+        ),
     ],
 )
 def test_messages_in_the_wrong_order_close_their_channel_only(peer, sent, code):

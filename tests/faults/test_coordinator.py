@@ -4,7 +4,8 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
-from net_messages import HASH, VERSIONS, work
+from msgspec import structs
+from net_messages import HASH, RULES, VERSIONS, work
 
 from atoll.engine.protocols import RunOptions
 from atoll.net import coordinator as co
@@ -105,7 +106,6 @@ def test_without_a_run_a_client_waits_for_it():
         (wire.Ready(HASH, 0, 0), "rows"),
         (wire.Ready(HASH, (1 << 24) + 1, 0), "rows"),
         (wire.Ready(HASH, 10, (1 << 24) + 1), "rows"),
-        (wire.Progress(id_of(1), 0), "order"),
         (wire.Update(id_of(1), Lease(7, 1), None, b""), "order"),
     ],
 )
@@ -713,7 +713,7 @@ def test_a_relay_names_its_clients_and_gets_one_work_for_them():
     assert server.say(9, wire.Members(HASH, LEAVES)) == [co.Reported(RELAY, LEAVES)]
     order = co.Assigned(RELAY, work(work=id_of(1)), 4, BIG, starts=STARTS)
     assert not messages(server.do(order), wire.Gather)  # it has no numbers yet
-    numbers = wire.Numbers((wire.Place("north", 0), wire.Place("south", 1)), 1)
+    numbers = wire.Numbers((wire.Place("north", 0, ""), wire.Place("south", 1, "")), 1, RULES)
     out = server.do(co.Numbered(RELAY, numbers))
     assert messages(out, wire.Numbers) == [numbers]
     (gather,) = messages(out, wire.Gather)
@@ -737,11 +737,95 @@ def test_relays_and_clients_keep_their_places():
     assert closes(server.say(9, wire.Members(bytes(32), LEAVES))) == [("input", None)]
     relay_joins(server)
     assert closes(server.do(co.Dismissed(RELAY, "relay", "Median() with a relay."))) == [("relay", None)]
-    assert server.do(co.Numbered(RELAY, wire.Numbers((), 0))) == []  # it has left
-    below = Server()
-    below.it.below_relay = True
-    assert closes(below.do(co.Joined(1, RELAY + 3))) == [("relay", 1.0)]
-    assert not closes(below.join(3))
+    assert server.do(co.Numbered(RELAY, wire.Numbers((), 0, RULES))) == []  # it has left
+
+
+def below(*waiting, **rules):
+    """The coordinator of a relay whose root has answered."""
+    server = Server()
+    server.it.below_relay = True
+    said = structs.replace(RULES, **rules)
+    return server, co.Placed(wire.Numbers((), 1, said), {place.client: place for place in waiting})
+
+
+def greeted(server, channel, client):
+    server.do(co.Joined(channel, client))
+    return server.say(channel, wire.Hello(wire.PROTOCOL, VERSIONS, "", ("loop",), None, None, ()))
+
+
+def test_a_client_of_a_relay_without_a_number_waits_on_its_channel_and_learns_the_reason_once():
+    place = wire.Place("east", RELAY + 3, "places")
+    server, placed = below(place)
+    out = greeted(server, 1, RELAY + 3)
+    assert not closes(out) and messages(out, wire.Welcome)[0].run is None and not messages(out, wire.Numbers)
+    assert messages(server.do(placed), wire.Numbers) == [wire.Numbers((place,), 0, RULES)]
+    assert server.do(placed) == []  # each report of a relay has an answer
+    assert server.do(server.run) == []  # the run of the others
+    more = below(place, leaves=3)[1]
+    assert messages(server.do(more), wire.Numbers)[0].rules.leaves == 3
+    assert "at most 3 of this relay" in more.numbers.rules.refusal(place)
+    assert closes(server.do(co.Renumbered(1))) == [("relay", 0.0)] and server.do(co.Renumbered(1)) == []
+    assert not closes(server.join(3))
+
+
+def test_a_client_without_a_number_takes_no_part():
+    for message in (wire.Ready(HASH, 10, 0), wire.Members(HASH, LEAVES)):
+        server, _ = below()
+        greeted(server, 1, RELAY + 3)
+        assert closes(server.say(1, message)) == [("relay", 60.0 if isinstance(message, wire.Ready) else None)]
+        assert server.it.present == ()
+
+
+def test_the_rules_of_a_root_hold_for_the_clients_of_its_relays():
+    server, placed = below(max_rows=20, absent_s=5.0, lease_s=2.0)
+    server.do(placed)
+    assert closes(server.join(1, rows=21)) == [("rows", None)] and server.it.present == ()
+    server.join(2, rows=20)
+    server.assign(2, 1)
+    server.do(co.Left(2))
+    assert not of(server.do(co.Tick(), after=2.1), co.Failed)
+    assert of(server.do(co.Tick(), after=5.1), co.Failed)[0].code == "expired"
+    server.join(3)
+    fault = below(wire.Place("south", 3, "rows"))[1]
+    assert closes(server.do(fault)) == [("rows", None)]  # the root has begun again with fewer rows
+
+
+def test_a_client_that_connects_again_renews_its_lease_while_it_still_computes():
+    server = Server(absent_s=5.0, lease_s=2.0)
+    server.join(1)
+    server.assign(1, 1)
+    server.do(co.Left(1))
+    greeted(server, 1, 1)
+    for _ in range(10):
+        out = server.do(co.Tick(), after=1.5) + server.say(1, wire.Progress(id_of(1), 3))
+        assert not of(out, co.Failed) and not closes(out)
+    assert not messages(server.say(1, wire.Progress(id_of(9), 3)), wire.Cancel)  # the server may ask for it again
+    assert messages(server.say(1, wire.Ready(HASH, 10, 0)), wire.Work)
+
+
+def test_a_relay_that_connects_again_learns_that_its_work_is_over():
+    server = Server(absent_s=5.0, lease_s=2.0)
+    relay_joins(server)
+    assert messages(server.say(9, wire.Progress(id_of(1), 0)), wire.Cancel) == [wire.Cancel(id_of(1))]
+    idle = Coordinator(7, "hospitals", VERSIONS, Limits())
+    idle.handle(co.Joined(1, RELAY), 0.0)
+    idle.handle(co.Arrived(1, wire.Hello(wire.PROTOCOL, VERSIONS, "", ("loop",), None, None, ())), 0.0)
+    assert idle.handle(co.Arrived(1, wire.Progress(id_of(1), 0)), 0.0) == []
+
+
+def test_the_lease_of_a_relay_ends_after_those_of_its_clients():
+    server = Server(absent_s=5.0, lease_s=2.0, work_s=20.0)
+    relay_joins(server)
+    server.do(co.Numbered(RELAY, wire.Numbers((), 1, RULES)))
+    server.join(1)
+    server.assign(1, 2)
+    server.do(co.Assigned(RELAY, work(work=id_of(1)), 4, BIG, starts=STARTS))
+    failed = []
+    for _ in range(40):
+        out = server.do(co.Tick(), after=1.0)
+        out += [action for n in (1, 2) for action in server.say(9 if n == 1 else 1, wire.Progress(id_of(n), 0))]
+        failed += [(action.work[0], round(server.now)) for action in of(out, co.Failed)]
+    assert failed == [(2, 120), (1, 134)]  # 20 s, and 2 · (5 + 2) s more
 
 
 def test_clients_return_to_the_memory_before_a_partial_that_is_not_used():

@@ -14,6 +14,7 @@ from network import Federation, comparable, eventually
 from quick_cases import only
 from sites import SITES, Served, experiment, write_tables
 from test_federation import Hosted, alone, client, rows
+from test_links import Connection, Fault, Link
 from test_sites import SMALL
 from test_statistics import bare
 
@@ -21,6 +22,7 @@ from atoll.base.errors import AtollError, RunError, UsageError
 from atoll.data import csv
 from atoll.engine.protocols import RunOptions
 from atoll.net import wire
+from atoll.net.coordinator import Coordinator, Limits
 from atoll.net.engine import ServerEngine
 from atoll.net.home import ServerHome
 from atoll.net.join import _member, join_federation, run_relay
@@ -29,8 +31,9 @@ from atoll.net.policy import Policy
 from atoll.net.relay import Gathering, Relay
 from atoll.net.relays import RelayWork
 from atoll.net.server import _ROUTES, Listener
-from atoll.net.site import Prepared
+from atoll.net.site import Prepared, Site
 from atoll.net.spec import Server
+from atoll.net.store import Accepted
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Gradient
 from atoll.plan.plan import Plan
@@ -69,22 +72,29 @@ class Relayed:
             at.close()
 
 
-def relayed(folder, settings, relays=2, clients=2):
-    """Serve a run to relays with clients. Returns the run, the relays and the events of the clients."""
-    server = Hosted(folder / "server", {**settings, "clients": relays * clients})
+def relayed(folder, settings, relays=2, clients=2, gone=(), spare=0, through=lambda address: address, **spec):
+    """Serve a run to relays with clients. Returns the run, the relays and the events of the clients.
+
+    Args:
+        gone: the numbers of clients that end by an error.
+        spare: further clients of each relay, for which the run has no place.
+        through: the address that the relays dial, by that of the server.
+    """
+    server = Hosted(folder / "server", {**settings, "clients": relays * clients}, **spec)
     at = ServerHome.open(folder / "server", serve=False)
-    tokens = [at.invite(f"relay-{i}", None, None, 1, relay=True).text() for i in range(relays)]
+    dialled = through(server.address)
+    tokens = [at.invite(f"relay-{i}", dialled, None, 1, relay=clients).text() for i in range(relays)]
     at.close()
     made = [Relayed(token, folder / f"relay-{i}") for i, token in enumerate(tokens)]
     seen, joined = [], []
     for i, relay in enumerate(made):
-        for k, token in enumerate(relay.tokens(*(f"site-{k}" for k in range(clients)))):
+        for k, token in enumerate(relay.tokens(*(f"site-{k}" for k in range(clients + spare)))):
             seen.append([])
             joined.append(client(token, folder / f"site-{i}-{k}", seen[-1]))
     run = server.run()
-    for thread, codes in [*((relay.thread, relay.codes) for relay in made), *joined]:
+    for number, (thread, codes) in enumerate([*joined, *((relay.thread, relay.codes) for relay in made)]):
         thread.join(30)
-        assert codes.get("code") == 0, codes
+        assert codes.get("code") == 0 or number in gone, codes
     return run, made, seen
 
 
@@ -166,12 +176,12 @@ def test_the_home_of_a_relay_is_no_home_of_a_server(tmp_path):
         ServerEngine(Server(str(tmp_path / "ward")), RunOptions())
     root = ServerHome.open(tmp_path / "root")
     root.database.put("address", "127.0.0.1:1")
-    ward = root.database.invite("ward", bytes(32), 1 << 40, relay=True)
+    ward = root.database.invite("ward", bytes(32), 1 << 40, relay=True, leaves=3)
     root.database.invite("west", bytes(range(32)), 1 << 40, limit=3)
     assert ward == wire.RELAYS
     assert root.database.number_leaves("ward", ("north", "south", "east"), 3) == (1, 2, wire.RELAYS)
     assert root.database.number_leaves("ward", ("south", "north"), 3) == (2, 1)
-    for name, relay, fault in (("ward", False, "with --relay"), ("west", True, "without --relay")):
+    for name, relay, fault in (("ward", None, "with --relay"), ("west", 2, "without --relay")):
         with pytest.raises(UsageError, match=fault):
             root.invite(name, None, None, 1, relay=relay)
     with pytest.raises(UsageError, match="client of the relay 'ward'"):
@@ -222,7 +232,7 @@ def table_run(folder, it, below=(), policy=Policy(), **spec):
     one = Served(folder, it, **spec)
     if below:
         at = ServerHome.open(one.home, serve=False)
-        made = Relayed(at.invite("ward", one.address, None, 1, relay=True).text(), folder / "ward")
+        made = Relayed(at.invite("ward", one.address, None, 1, relay=2).text(), folder / "ward")
         for name, token in zip(below, made.tokens(*below), strict=True):
             file, home = folder / f"{name}.csv", folder / name
             options = {"once": True, "policy": policy}
@@ -274,13 +284,13 @@ def test_a_plan_that_is_no_sum_is_refused_with_a_relay(tmp_path):
     server = Hosted(tmp_path / "server", {**settings, "clients": 1})
     server.wait("run")
     at = ServerHome.open(tmp_path / "server", serve=False)
-    token = at.invite("ward", None, None, 1, relay=True).text()
+    token = at.invite("ward", None, None, 1, relay=2).text()
     with pytest.raises(UsageError, match="with --relay"):
         at.invite("ward", None, None, 1)
     at.close()
     made = Relayed(token, tmp_path / "ward")
     with pytest.raises(UsageError, match="home of a relay"):
-        ServerHome.open(tmp_path / "ward", serve=False).invite("second", None, None, 1, relay=True)
+        ServerHome.open(tmp_path / "ward", serve=False).invite("second", None, None, 1, relay=2)
     made.thread.join(60)
     with pytest.raises(UsageError, match=r"Median\(\) with a relay"):
         raise made.codes["code"]
@@ -298,6 +308,7 @@ def test_the_reasons_of_lost_clients_fit_into_the_answer_of_a_relay():
     for name in starts:
         gathering.lose(name, "failed", "\U0001f41a\0" * 1000)
     body, form = gathering.body(None), SimpleNamespace(longest=0)
+    assert gathering._fold is None and gathering._arrived == []  # the sums end with their bytes
     asked = RelayWork(wire.RELAYS, gathering.work, tuple(starts.values()), None, None, form)
     assert len(asked.read(body, {}, plan).head.lost) == 4 and len(body) <= asked.assigned().most
 
@@ -328,7 +339,7 @@ def test_a_further_token_begins_a_new_chain_of_a_relay_that_has_settled_its_sums
     settings = {"rounds": 2, "seed": 4, **CASES["error feedback"]}
     relayed(tmp_path, settings, 1, 1)
     at = ServerHome.open(tmp_path / "server", serve=False)
-    again = at.invite("relay-0", None, None, 1, relay=True).text()
+    again = at.invite("relay-0", None, None, 1, relay=2).text()
     at.close()
     home, root = ServerHome.open(tmp_path / "relay-0"), tmp_path / "relay-0" / "root"
     relay = Relay(home, root, Server(str(tmp_path / "relay-0")), {}, lambda facts: None)
@@ -349,7 +360,7 @@ def test_kills_of_a_relay_and_of_its_root_change_no_bit(tmp_path):
     flags += ["--set", f"plan.codec={settings['plan__codec']}", "--set", "report=false"]
     with Federation(tmp_path, *flags) as it:
         address = it.serve()
-        token = json.loads(it.run("invite", "ward", "--relay", "--home", it.home, "--json"))["token"]
+        token = json.loads(it.run("invite", "ward", "--relay", 2, "--home", it.home, "--json"))["token"]
         words = ["relay", "--home", tmp_path / "ward", "--once", "--json"]
         ward = it.start(words[0], token, *words[1:], failpoint="relay.prepared:3")
         ward.wait_for(lambda line: line["event"] == "listening")
@@ -371,3 +382,177 @@ def test_kills_of_a_relay_and_of_its_root_change_no_bit(tmp_path):
         assert (it.path() / "model.safetensors").read_bytes() == (reference.path / "model.safetensors").read_bytes()
         it.run("verify", "--home", it.home)
         it.run("verify", "--home", tmp_path / "ward")
+
+
+class Wire(Link):
+    """A link whose open connections a test can cut."""
+
+    def __init__(self):
+        super().__init__([])
+        self.made = []
+
+    def finish_request(self, request, address):
+        passed = self
+
+        class Kept(Connection):
+            def setup(self):
+                passed.made.append(self)
+
+        Kept(request, address, self)
+
+    def through(self, address):
+        self.target = address
+        return ":".join(map(str, self.server_address))
+
+    def cut(self):
+        for one in self.made:
+            one.fault = Fault("cut")  # with the next byte
+
+
+@pytest.mark.slow
+def test_a_relay_that_connects_again_keeps_its_lease_while_its_clients_train(tmp_path, monkeypatch):
+    monkeypatch.setattr("atoll.net.client.PROGRESS_S", 0.1)
+    monkeypatch.setattr("atoll.net.relay._WAIT_S", 0.05)
+    begun, ends, signs = threading.Event(), threading.Event(), []
+    compute, progress = Site.compute, Coordinator._progress
+
+    def slow(site, work, *args):
+        if work.round == 1 and site.client == 0:
+            begun.set()
+            while not ends.wait(0.05):
+                args[2](0, 0, 0.0)  # a step
+        return compute(site, work, *args)
+
+    def count(it, c, message):
+        signs.append(it.limits.absent_s) if c.id >= wire.RELAYS else None
+        return progress(it, c, message)
+
+    monkeypatch.setattr(Site, "compute", slow)
+    monkeypatch.setattr(Coordinator, "_progress", count)
+    settings, results = {"rounds": 3, "seed": 4, **CASES["error feedback"]}, []
+    with Wire() as it:
+        options = {"through": it.through, "absent_s": 0.5, "lease_s": 1.0}
+        run = threading.Thread(target=lambda: results.append(relayed(tmp_path, settings, 1, 2, **options)))
+        run.start()
+        assert begun.wait(60)
+        it.cut()
+        assert eventually(lambda: len(it.made) > 3 and it.happened)
+        first = len(signs)
+        kept = eventually(lambda: len(signs) >= first + 30, 15)  # twice the time after which it would be absent
+        ends.set()
+        run.join(60)
+    assert kept and rows(results[0][0]) == rows(alone(tmp_path, settings, 2))
+
+
+class Gone(BaseException):
+    """The end of a client for good."""
+
+
+@pytest.mark.slow
+def test_a_client_that_is_gone_for_good_is_absent_below_a_relay_as_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("atoll.net.client.PROGRESS_S", 0.1)
+    monkeypatch.setattr("atoll.net.relay._WAIT_S", 0.05)
+    compute = Site.compute
+
+    def end(site, work, *args):
+        if work.round >= 1 and site.client == 1:
+            raise Gone
+        return compute(site, work, *args)
+
+    monkeypatch.setattr(Site, "compute", end)
+    settings, spec = {"rounds": 4, "seed": 4, **CASES["error feedback"]}, {"absent_s": 0.2, "lease_s": 0.5}
+    below, _, _ = relayed(tmp_path / "below", settings, 1, 3, gone=(1,), **spec)
+    server = Hosted(tmp_path / "flat", {**settings, "clients": 3}, **spec)
+    for k, token in enumerate(server.tokens("site-0", "site-1", "site-2")):
+        client(token, tmp_path / f"flat-{k}", [])
+    flat = server.run()
+    assert rows(below) == rows(flat) and [row[2] for row in rows(below)] == [3, 2, 2, 2]
+    assert (below.path / "model.safetensors").read_bytes() == (flat.path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_client_without_a_place_waits_with_one_line_and_the_run_goes_on(tmp_path):
+    settings = {"rounds": 3, "seed": 4, **CASES["error feedback"]}
+    run, (relay,), seen = relayed(tmp_path, settings, 1, 2, spare=1)
+    assert rows(run) == rows(alone(tmp_path, settings, 2))
+    kinds = [event["event"] for event in seen[2]]
+    assert kinds.count("waiting") == 1 and kinds.count("connected") == 1, seen[2]
+    (waits,) = (event for event in seen[2] if event["event"] == "waiting")
+    assert waits["code"] == "places" and "2 clients" in waits["reason"]
+    refused = [event for event in relay.events if event["event"] == "refused"]
+    assert [event["code"] for event in refused] == ["places"]
+
+
+def root_engine(folder, monkeypatch, clients, leaves, **spec):
+    """The engine of a root with one relay, and the answers that it sends."""
+    at = ServerHome.open(folder)
+    at.database.put("address", "127.0.0.1:1")
+    at.invite("ward", None, None, 1, relay=leaves)
+    at.close()
+    engine = ServerEngine(Server(str(folder), clients=clients, **spec), RunOptions())
+    sent, plan = [], Plan(Gradient(), Mean())
+    monkeypatch.setattr(engine, "_check_relays", lambda plan: None)
+    engine._begun, engine._hashes = plan, (bytes(32), bytes(32))
+    limits = Limits(absent_s=spec.get("absent_s"), max_rows=engine.spec.max_rows)
+    engine._net = SimpleNamespace(handle=sent.append, coordinator=SimpleNamespace(limits=limits), stop=lambda: True)
+    events = []
+    engine.notify = lambda facts: events.append((facts["event"], facts.get("code", facts.get("client"))))
+    return engine, sent, events
+
+
+def test_a_client_with_too_many_rows_costs_its_relay_only_this_client(tmp_path, monkeypatch):
+    engine, sent, events = root_engine(tmp_path, monkeypatch, 4, 3, max_rows=20)
+    leaves = wire.Leaf("north", 20, 5), wire.Leaf("south", 21, 0), wire.Leaf("east", 4, 21)
+    engine._reported(wire.RELAYS, leaves)
+    engine._reported(wire.RELAYS, leaves)
+    (numbers,) = {one.numbers for one in sent}
+    assert [(place.client, place.code) for place in numbers.places] == [(0, ""), (1, "rows"), (2, "rows")]
+    assert engine._rows == {0: 20} and numbers.rules.max_rows == 20
+    assert events == [("present", 0), ("refused", "rows"), ("refused", "rows")]
+    engine._reported(wire.RELAYS, (wire.Leaf("north", 19, 0),))  # other rows than before
+    assert sent[-1].numbers.places == (wire.Place("north", 0, "rows"),) and engine._rows == {0: 20}
+    engine.close()
+
+
+def test_a_relay_has_no_more_clients_than_its_invitation_states(tmp_path, monkeypatch):
+    engine, sent, events = root_engine(tmp_path, monkeypatch, 8, 2, absent_s=5.0)
+    hostile = tuple(wire.Leaf(f"site-{i}", 1, 0) for i in range(8))
+    engine._reported(wire.RELAYS, hostile)
+    places = sent[-1].numbers.places
+    assert [place.code for place in places] == ["", "", *["places"] * 6] and engine._rows == {0: 1, 1: 1}
+    assert events.count(("refused", "places")) == 6
+    engine._reported(wire.RELAYS, hostile[2:])  # it names others
+    assert all(place.code for place in sent[-1].numbers.places)
+    engine.home.invite("ward", None, None, 1, relay=3)
+    engine._reported(wire.RELAYS, hostile)
+    assert [place.client for place in sent[-1].numbers.places[:4]] == [0, 1, 2, wire.RELAYS]
+    for number in (0, wire.MAX_LEAVES + 1):
+        with pytest.raises(UsageError, match=f"--relay {number}"):
+            engine.home.invite("annex", None, None, 1, relay=number)
+    engine.close()
+
+
+def test_a_sum_that_is_never_committed_keeps_no_sums_in_memory_and_ends_with_the_next_round(tmp_path):
+    home = ServerHome.open(tmp_path)
+    relay = Relay(home, tmp_path, Server(str(tmp_path)), {}, lambda facts: None)
+    handled, plan = [], Plan(Gradient(), Mean())
+    relay.net.handle = lambda *given: handled.extend(given)
+    relay.chain.begin("run")
+    relay._opened = "run", True
+    for round in (3, 4):
+        order = structs.replace(work(), work=bytes([round] * 16), round=round, version=round)
+        gathering = Gathering(order, {bytes([round]): wire.Start(0, 0)}, plan, None, {0: 3})
+        gathering.lose(bytes([round]), "absent", "")
+        gathering.accepted.append(Accepted(0, round, 0, bytes([round]), None, bytes(32), 3))
+        relay._end_earlier(order)
+        relay._gatherings[order.work] = gathering
+        relay._prepared(order, gathering, b"sum")
+        assert [one.work for one in relay.chain.prepared] == [order.work] == [*relay._gatherings]
+    assert [event.works for event in handled] == [(bytes([3]),)] and handled[0].undone
+    relay._end_earlier(structs.replace(order, kind="evaluate", round=9))
+    relay.chain.on_settled = lambda one: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space"):
+        relay.chain.settle((order.work,))
+    relay._end_earlier(structs.replace(order, round=9))  # the root has committed it, and settles it again
+    assert len(relay.chain.prepared) == 1
+    relay.close()

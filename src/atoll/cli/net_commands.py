@@ -200,8 +200,7 @@ def _switch(text: str) -> bool:
     return text == "true"
 
 
-_OF_RELAY = ("absent_s", "lease_s", "work_s", "max_rows")
-_OF_SERVER = (*_OF_RELAY, "step_s", "keys_s", "share")
+_OF_SERVER = ("absent_s", "lease_s", "work_s", "max_rows", "step_s", "keys_s", "share")
 _KINDS: Mapping[str, Any] = {"max_rows": int, "share": _switch}
 
 
@@ -223,8 +222,8 @@ def _split(flags: ExperimentFlags) -> tuple[dict[str, str], str | None, Experime
     return pairs(net), addresses[0] if addresses else None, own
 
 
-def _net_settings(given: Mapping[str, str], names: tuple[str, ...] = _OF_SERVER) -> dict[str, Any]:
-    known: dict[str, Any] = {name: _KINDS.get(name, float) for name in names}
+def _net_settings(given: Mapping[str, str]) -> dict[str, Any]:
+    known: dict[str, Any] = {name: _KINDS.get(name, float) for name in _OF_SERVER}
     out: dict[str, Any] = {}
     for key, text in given.items():
         name = key.removeprefix(NET)
@@ -265,9 +264,8 @@ def invite(
     san: Annotated[str | None, flag(RUNNING, "Alternative name under your own authority: DNS:site.example.")] = None,
     days: Annotated[float, flag(RUNNING, "Days until the token expires. Default: 7.")] = 7.0,
     relay: Annotated[
-        bool,
-        Parameter(group=GROUPS[RUNNING], negative="", show_default=False, help="The tokens are for `atoll relay`."),
-    ] = False,
+        int | None, flag(RUNNING, "The tokens are for `atoll relay`, with at most N clients each.")
+    ] = None,
     as_json: Lines = False,
 ) -> int:
     """Print a token for each client, one a line. A token is valid once; give it to the site in private.
@@ -307,8 +305,6 @@ def relay(
     code: CodeFlags = CodeFlags(),
     drain: Annotated[float, flag(RUNNING, "Seconds in which clients may leave at the end. Default: 30.")] = 30.0,
     window: Annotated[str, flag(RUNNING, "Bytes of large messages in flight. Default: 256 MiB.")] = "256MiB",
-    settings: Annotated[list[str] | None, Parameter(name="--set", group=GROUPS[RUNNING],
-        help="net.NAME=VALUE, such as net.absent_s=60: how it waits for its clients.")] = None,
     insecure: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
         help="No TLS for its clients, for a rehearsal on the loopback interface.")] = False,
     once: Annotated[bool, Parameter(group=GROUPS[RUNNING], negative="", show_default=False,
@@ -328,7 +324,6 @@ def relay(
     from atoll.net.join import run_relay
 
     _refuse_wildcard(place.listen)
-    given = pairs(list(settings or ()))
     return run_relay(
         _token(token, "relay"),
         Server(
@@ -338,7 +333,6 @@ def relay(
             window=_size(window),
             drain=drain,
             insecure=insecure,
-            **_net_settings(given, _OF_RELAY),
         ),
         own=_mapped("--model-as", code.model_as) | _mapped("--part", code.part),
         once=once,

@@ -418,9 +418,10 @@ class _Channel:
                 self._later(self._work(message))
             case wire.Gather(work=work):
                 self._leases[work.work] = work.lease
+                self.client._dropped.discard(work.work)
                 self._later(self._work(work, message.starts))
             case wire.Numbers():
-                self._later(compute(self.site.number, message))
+                self._later(self._numbered(message))
             case wire.Receipt(work=work, code=code) if code not in ("received", "quota"):
                 self.notify({"event": "refused", "work": work.hex(), "code": code})
                 self._end_sum((work,))
@@ -488,6 +489,12 @@ class _Channel:
         if rows is not None:
             await self._send(wire.Ready(message.input.hash, *rows))
 
+    async def _numbered(self, message: wire.Numbers) -> None:
+        """Take the numbers of the clients of a relay, or the reason why a client of a relay waits."""
+        waits = await self.client.compute(self.site.number, message)
+        if waits is not None:
+            self.notify({"event": "waiting", "code": waits.code, "reason": message.rules.refusal(waits)})
+
     async def _refuse(self, work: bytes | None, error: RefusedError) -> None:
         self.notify({"event": "refusal", "code": error.code, "reason": str(error)})
         code: Any = error.code
@@ -510,12 +517,12 @@ class _Channel:
             )
         model = await self._model(work)
         fixed = None if work.fixed is None else await self._fixed(work.fixed)
-        loop, last = asyncio.get_running_loop(), [time.monotonic()]
+        last = [time.monotonic()]
 
         def on_step(lane: int, step: int, loss: float) -> None:
             if time.monotonic() - last[0] >= PROGRESS_S:
                 last[0] = time.monotonic()
-                asyncio.run_coroutine_threadsafe(self._send(wire.Progress(work.work, step + 1)), loop)
+                client.post(wire.Progress(work.work, step + 1))  # a later connection carries it, too
 
         began = time.perf_counter()
         try:

@@ -7,7 +7,9 @@ It is a state machine: it imports no I/O, reads no clock and starts no thread. A
 carries out the returned actions in order. Two threads send events:
 
     event loop        Joined Left Arrived Garbled · Offered UploadProgress Uploaded Aborted · Revoked Enrolled Tick
+                      Renumbered
     stepping thread   RunOpened Assigned Withdrawn Stepping · Folded Rejected · Committed Closing · Numbered Dismissed
+                      Placed
 
 and two threads carry out actions:
 
@@ -31,8 +33,10 @@ or it learns the end by `Failed`.
   the client are sent again under new leases, because the client drops the later messages of its chain.
 - Only works of the kind "round" form chains and belong to a transaction. A contribution of another kind is settled as
   soon as it is folded: after a restart the server asks for it again.
+- A client that has connected again may still compute: signs of life before `Ready` renew leases, too.
 - Signs of life renew a lease for `work_s` at most, so that an open run does not wait for ever for a client that
-  computes nothing. A closed run without `absent_s` waits.
+  computes nothing. A closed run without `absent_s` waits. The lease of a relay ends later than those of its clients.
+- A client of a relay that has no number in the run stays connected as before a run.
 - A closed run waits for an absent client (`absent_s = None`). An open run fails its works once their leases expire
   (`absent_s = 0`). A client that is not present has the time of a lease to return.
 - The masked contribution of a secure sum moves the memory only with its commit: an attempt without a sum is withdrawn,
@@ -50,12 +54,14 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from msgspec.structs import replace
 
 from atoll.net.wire import (
+    MAX_ROWS,
     RELAYS,
     Blob,
     Bye,
@@ -70,11 +76,13 @@ from atoll.net.wire import (
     Leave,
     Members,
     Numbers,
+    Place,
     Progress,
     Ready,
     Receipt,
     ReceiptCode,
     Refusal,
+    Rules,
     Seat,
     Sent,
     Settled,
@@ -90,6 +98,9 @@ from atoll.net.wire import (
     version_fault,
 )
 
+_EARLY = (Ready, Members, Refusal, Leave, Progress)  # the messages that are possible before a client is ready
+_LONGEST = 1e9  # seconds in a message
+_IS_RELAY = "This client was invited with --relay. Write: atoll relay"
 MAX_OPEN = 64  # open works of one client; a larger chain would not fit into one `Hello`
 NO_DIGEST = bytes(32)  # of a masked contribution in the links of a chain
 ATTEMPTS = 5  # of one work whose contributions continue a lost one, or differ from their hash
@@ -246,6 +257,26 @@ class Numbered:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """The root of this relay has numbered its clients.
+
+    Args:
+        numbers: its answer: the rules, and the clients that take no part.
+        waiting: those by their numbers in this database.
+    """
+
+    numbers: Numbers
+    waiting: Mapping[int, Place]
+
+
+@dataclass(frozen=True, slots=True)
+class Renumbered:
+    """The client of this channel has another number now."""
+
+    channel: int
+
+
+@dataclass(frozen=True, slots=True)
 class Dismissed:
     """A client can take no part in this run."""
 
@@ -294,6 +325,7 @@ class Closing:
 Event: TypeAlias = (
     Joined | Left | Arrived | Garbled | Offered | UploadProgress | Uploaded | Aborted | Revoked | Enrolled | Tick
     | RunOpened | Assigned | Withdrawn | Stepping | Folded | Rejected | Committed | Closing | Numbered | Dismissed
+    | Placed | Renumbered
 )  # fmt: skip
 
 # 2. Actions
@@ -443,7 +475,8 @@ class Limits:
     Args:
         lease_s: seconds of a lease without a sign of life.
         absent_s: seconds after which a work of an absent or silent client fails; None: never.
-        work_s: seconds after which a work fails although its client gives signs of life, if absent clients fail.
+        work_s: seconds after which a work fails although its client gives signs of life, if absent clients fail. A
+            relay has further seconds: its clients can begin late, and be absent at the end.
         hello_s: seconds from the opening of a channel to `Hello`.
         stall_s: seconds of a granted upload without progress.
         window: bytes of granted uploads, until they are folded; one upload is always granted.
@@ -462,6 +495,17 @@ class Limits:
     rate: float = 2000.0
     burst: float = 4000.0
     max_rows: int = 1 << 24
+
+    def rules(self, clients: int, leaves: int) -> Rules:
+        """These limits for the clients of a relay.
+
+        Args:
+            clients: the clients of the run.
+            leaves: the most clients of the relay.
+        """
+        absent = None if self.absent_s is None else min(float(self.absent_s), _LONGEST)
+        times = min(float(self.lease_s), _LONGEST), absent, min(float(self.work_s), _LONGEST)
+        return Rules(*times, min(self.max_rows, MAX_ROWS), clients, leaves)
 
 
 WorkState: TypeAlias = Literal["waiting", "leased", "expired", "held", "checking", "received"]
@@ -556,7 +600,7 @@ class Coordinator:
         >>> coordinator = Coordinator(7, "hospitals", versions, Limits())
         >>> coordinator.handle(Joined(1, 0), 0.0)
         []
-        >>> hello = Hello(3, versions, "", ("loop",), None, None, ())
+        >>> hello = Hello(4, versions, "", ("loop",), None, None, ())
         >>> coordinator.handle(Arrived(1, hello), 0.1)[0].message.federation
         'hospitals'
         >>> coordinator.wake
@@ -566,6 +610,7 @@ class Coordinator:
     def __init__(self, epoch: int, federation: str, versions: Versions, limits: Limits) -> None:
         self.epoch, self.federation, self.versions, self.limits = epoch, federation, versions, limits
         self.below_relay = False  # whether the clients have their numbers from the root of this relay
+        self._placed = Placed(Numbers((), 0, Rules(0.0, None, 0.0, 0, 1, 0)), {})  # the last one
         self.in_flight = 0
         self._counter = 0
         self._now = 0.0
@@ -589,6 +634,7 @@ class Coordinator:
             Withdrawn: self._withdrawn, Stepping: self._stepping,
             Folded: self._folded, Rejected: self._rejected, Committed: self._committed,
             Closing: self._closing, Numbered: self._numbered, Dismissed: self._dismissed,
+            Placed: self._take_places, Renumbered: self._renumbered,
         }  # fmt: skip
         self._messages: Mapping[type[Any], Callable[[_Client, Any], None]] = {
             Ready: self._ready, Update: self._update, Sent: self._sent, Progress: self._progress,
@@ -680,8 +726,6 @@ class Coordinator:
             c.tail = recent[-1][2] if recent and self._run.memory else None
 
     def _joined(self, event: Joined) -> None:
-        if self.below_relay and event.client >= RELAYS:
-            return self._out.append(Close(event.channel, Bye("relay", "The root has not numbered it yet.", 1.0, None)))
         c = self._client(event.client)
         if c.revoked:
             return self._out.append(Close(event.channel, Bye("revoked", "The certificate is revoked.", None, None)))
@@ -728,7 +772,7 @@ class Coordinator:
         if isinstance(message, Hello):
             if c.stage == "joined":
                 return self._greet(c, message)
-        elif c.stage == "ready" or (c.stage == "greeted" and isinstance(message, (Ready, Members, Refusal, Leave))):
+        elif c.stage == "ready" or (c.stage == "greeted" and isinstance(message, _EARLY)):
             return self._messages[type(message)](c, message)
         self._out.append(Noted(c.id, "order"))
         self._close(c, "order", f"{type(message).__name__} arrived too early or twice.", 60.0)
@@ -753,9 +797,11 @@ class Coordinator:
             return self._close(c, *fault, None)
         c.stage, c.since, c.hello = "greeted", self._now, hello
         run = self._run
-        if run is None:
+        if run is None or self._is_unnumbered(c):
             self._send(c, Welcome(c.id, self.epoch, None, self.federation, None, None))
-            return self._send(c, self._bye) if self._bye is not None else None
+            if self._bye is not None:
+                return self._send(c, self._bye)
+            return self._explain(c)
         settled = self._unsettled(c, hello)
         if settled is None:
             return None
@@ -767,6 +813,33 @@ class Coordinator:
                 self._send(c, Receipt(work, "received"))
         # The end of a run first settles the works of a client that was away.
         return self._send(c, self._bye) if self._bye is not None else None
+
+    def _is_unnumbered(self, c: _Client) -> bool:
+        """Whether this is a client of a relay without a number in the run."""
+        return self.below_relay and c.id >= RELAYS
+
+    def _explain(self, c: _Client) -> None:
+        """Send a client of a relay the reason why it waits, if the root has given one."""
+        place = self._placed.waiting.get(c.id)
+        if place is not None and place.code == "places":
+            self._send(c, Numbers((place,), 0, self._placed.numbers.rules))
+
+    def _take_places(self, event: Placed) -> None:
+        """Take the rules of the root. Clients that cannot take part learn it once, and again after a change."""
+        before, self._placed, rules = self._placed, event, event.numbers.rules
+        times: dict[str, Any] = {"lease_s": rules.lease_s, "absent_s": rules.absent_s, "work_s": rules.work_s}
+        self.limits = changed(self.limits, **times, max_rows=rules.max_rows)
+        for client, place in event.waiting.items():
+            c = self._client(client)
+            if c.stage != "away" and place.code == "rows":
+                self._close(c, "rows", rules.refusal(place), None)
+            elif before.waiting.get(client) != place or before.numbers.rules != rules:
+                self._explain(c)
+
+    def _renumbered(self, event: Renumbered) -> None:
+        c = self._channels.get(event.channel)
+        if c is not None:
+            self._close(c, "relay", "The root has numbered this client.", 0.0)
 
     def _unsettled(self, c: _Client, hello: Hello) -> tuple[bytes, ...] | None:
         """The committed works that the client has not settled; None if its memory does not fit: it is closed."""
@@ -795,7 +868,8 @@ class Coordinator:
             self._out.append(Noted(c.id, "order"))
             return self._close(c, "order", "Ready arrived too early or twice.", 60.0)
         if c.id >= RELAYS:
-            return self._close(c, "relay", "This client was invited with --relay. Write: atoll relay", None)
+            reason = "The root has not numbered this client." if self.below_relay else _IS_RELAY
+            return self._close(c, "relay", reason, 60.0 if self.below_relay else None)
         if message.input != run.input.hash:
             return self._close(c, "input", "The data was checked against another Input.", None)
         rows = (message.rows, message.held)
@@ -815,7 +889,7 @@ class Coordinator:
         run = self._run
         if self._bye is not None or run is None:
             return None  # sent before the end was known
-        if c.id < RELAYS:
+        if c.id < RELAYS or self.below_relay:
             return self._close(c, "relay", "This client was invited without --relay. Write: atoll join", None)
         if message.input != run.input.hash:
             return self._close(c, "input", "The clients of the relay have another Input.", None)
@@ -857,7 +931,7 @@ class Coordinator:
         for c in self._clients.values():
             self._restore(c)
         for c in list(self._channels.values()):
-            if c.hello is not None:
+            if c.hello is not None and not self._is_unnumbered(c):
                 hello, c.stage = c.hello, "joined"
                 self._greet(c, hello)
 
@@ -893,7 +967,9 @@ class Coordinator:
     def _renew(self, c: _Client, open: _Open) -> None:
         """Begin a lease, or extend it after a sign of life."""
         if open.ends is None:
-            open.ends = self._now + self.limits.work_s if self.limits.absent_s is not None else math.inf
+            open.ends = math.inf if self.limits.absent_s is None else self._now + self.limits.work_s
+            if open.order.starts and self.limits.absent_s is not None:
+                open.ends += 2 * (self.limits.absent_s + self.limits.lease_s)  # see `Limits`
         open.state, open.fails = "leased", None
         open.expires = min(self._now + self.limits.lease_s, open.ends)
         if not open.lease_armed:
@@ -980,7 +1056,8 @@ class Coordinator:
     def _progress(self, c: _Client, message: Progress) -> None:
         open = c.works.get(message.work)
         if open is None:
-            if message.work not in c.committed:
+            # A site ends by itself, and a server that has started again may still ask for the same work.
+            if message.work not in c.committed and (c.stage == "ready" or (c.id >= RELAYS and self._run is not None)):
                 self._send(c, Cancel(message.work))
         elif open.state in ("waiting", "leased", "expired"):
             self._renew(c, open)

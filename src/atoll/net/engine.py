@@ -344,32 +344,34 @@ class ServerEngine(Engine):
             self._check_relays(required(self._begun, "plan"))
             if len(set(names)) < len(names):
                 raise UsageError("A relay names a client twice.", "each client once.")
-            numbers = database.number_leaves(self._name(relay), names, self.spec.clients)
-            placed = [pair for pair in zip(numbers, leaves, strict=True) if pair[0] < wire.RELAYS]
-            for number, leaf in placed:
-                if leaf.rows is not None and (
-                    self._rows.get(number, leaf.rows) != leaf.rows or max(leaf.rows, leaf.held) > self.spec.max_rows
-                ):
-                    raise UsageError(
-                        f"Client {number} ({leaf.name}) has {leaf.rows} rows.",
-                        f"those with which it began the run, and at most {self.spec.max_rows}.",
-                    )
         except UsageError as error:
             self.notify({"event": "refused", "client": relay, "code": "relay", "reason": str(error)})
             return self.net.handle(events.Dismissed(relay, "relay", plain_text(str(error))))
-        if len(placed) < len(leaves):
-            reason = (
-                f"The run has {self.spec.clients} clients, and no place for {len(leaves) - len(placed)} of this relay."
-            )
-            self.notify({"event": "refused", "client": relay, "code": "relay", "reason": reason})
-        for number, leaf in placed:
-            self._relays.of_leaf[number] = relay
-            if leaf.rows is not None and self._rows.get(number) != leaf.rows:
-                self._rows[number], self._held[number], self._new_rows = leaf.rows, leaf.held, True
-                database.record_rows(number, leaf.rows, leaf.held, self._hashes[0])
-                self.notify({"event": "present", "client": number, "rows": leaf.rows, "relay": relay})
-        places = tuple(wire.Place(leaf.name, number) for number, leaf in zip(numbers, leaves, strict=True))
-        return self.net.handle(events.Numbered(relay, wire.Numbers(places, int(self._memory))))
+        name = self._name(relay)
+        numbers = database.number_leaves(name, names, self.spec.clients)
+        rules = self.net.coordinator.limits.rules(required(self.spec.clients, "clients"), database.leaves(name))
+        places = tuple(self._place(relay, *pair) for pair in zip(numbers, leaves, strict=True))
+        for place in places:
+            if self._relays.is_new(f"{name}/{place.name}", place.code):
+                reason = f"{name}/{place.name}: {rules.refusal(place)}"
+                self.notify({"event": "refused", "client": relay, "code": place.code, "reason": reason})
+        return self.net.handle(events.Numbered(relay, wire.Numbers(places, int(self._memory), rules)))
+
+    def _place(self, relay: int, number: int, leaf: wire.Leaf) -> wire.Place:
+        """The place of a client of a relay. Its rows are recorded, or it has a code."""
+        if number >= wire.RELAYS:
+            return wire.Place(leaf.name, number, "places")
+        self._relays.of_leaf[number] = relay
+        if leaf.rows is None:
+            return wire.Place(leaf.name, number, "")
+        known = self._rows.get(number)
+        if known not in (None, leaf.rows) or max(leaf.rows, leaf.held) > self.spec.max_rows:
+            return wire.Place(leaf.name, number, "rows")
+        if known is None:
+            self._rows[number], self._held[number], self._new_rows = leaf.rows, leaf.held, True
+            self.home.database.record_rows(number, leaf.rows, leaf.held, self._hashes[0])
+            self.notify({"event": "present", "client": number, "rows": leaf.rows, "relay": relay})
+        return wire.Place(leaf.name, number, "")
 
     def _check_sum(self, plan: Plan) -> None:
         """Refuse a secure sum that a network cannot form."""

@@ -168,7 +168,7 @@ class ServerHome:
         return token
 
     def invite(
-        self, name: str, address: str | None, san: str | None, days: float, relay: bool = False
+        self, name: str, address: str | None, san: str | None, days: float, relay: int | None = None
     ) -> identity.Token:
         """Make a token for a client.
 
@@ -178,7 +178,7 @@ class ServerHome:
                 certificate.
             san: the alternative name of its certificate under an existing authority; None: atoll's own.
             days: the days until the token expires.
-            relay: whether the token is for a relay.
+            relay: the most clients of a relay, if the token is for one.
         Raises:
             UsageError: a name or the address is not valid, or the run has no further place.
         """
@@ -196,13 +196,22 @@ class ServerHome:
         expires = int(time.time() + days * DAY)
         token = self._token(known, name, expires)
         limit = None if clients is None else int(clients)
-        if relay and self.is_relay:
+        if relay is not None and self.is_relay:
             raise UsageError(
                 f"{self.path} is the home of a relay.", "the home of a server.", "no relay is below a relay."
             )
+        if relay is not None and not 1 <= relay <= MAX_LEAVES:
+            raise UsageError(
+                f"--relay {relay} for {name!r}.",
+                f"its number of clients, 1 to {MAX_LEAVES}.",
+                "a relay names its clients itself, and a closed run has places for some only.",
+                f"atoll invite {name} --relay 4 --home {self.path}",
+            )
         if self.is_relay and len(self.database.clients()) >= MAX_LEAVES:
             raise UsageError(f"The relay {self.path} has {MAX_LEAVES} clients.", "a further relay.")
-        self.database.invite(name, identity.secret_hash(token.secret), expires, san, limit, relay or self.is_relay)
+        numbered_later = relay is not None or self.is_relay
+        secret = identity.secret_hash(token.secret)
+        self.database.invite(name, secret, expires, san, limit, numbered_later, relay)
         return token
 
 

@@ -74,7 +74,7 @@ class Gathering:
         self.work, self.plan, self.form, self.rows = work, plan, form, rows
         self.starts, self.open = starts, set(starts)
         self.accepted: list[Accepted] = []
-        self._fold = Fold(plan, work.round)
+        self._fold: Fold | None = Fold(plan, work.round)
         self._arrived: list[tuple[wire.Counted, Mapping[str, Tensor] | bytes]] = []
         self._lost: list[wire.Lost] = []
 
@@ -100,7 +100,7 @@ class Gathering:
             self.lose(message.work, "check", cause)
             return False
         if values is None:
-            self.lose(message.work, "check", self._fold.results.failures[-1].cause)
+            self.lose(message.work, "check", required(self._fold, "fold").results.failures[-1].cause)
             return False
         self.open.discard(message.work)
         self._arrived.append((counted, values))
@@ -113,20 +113,23 @@ class Gathering:
         ids = Ids(torch.tensor([start.client]), torch.tensor([start.repeat]))
         decoded = read_messages(self.plan, self.form, [body], torch.tensor([self.rows[start.client]]))
         columns = decoded.per_client
-        good, _ = self._fold.add(self.work.version, ids, torch.zeros(1), torch.tensor([len(body)]), decoded)
+        good, _ = required(self._fold, "fold").add(
+            self.work.version, ids, torch.zeros(1), torch.tensor([len(body)]), decoded
+        )
         return columns if len(good.client) else None
 
     def body(self, task: Task) -> bytes:
-        """The contribution of the relay."""
+        """The contribution of the relay. Its parts end: only the names of the works stay until the root settles it."""
         self._arrived.sort(key=lambda pair: (pair[0].client, pair[0].repeat))
         self._lost.sort(key=lambda one: (one.client, one.repeat))
         self.accepted.sort(key=lambda one: (one.client, one.repeat))
         arrived, values = [pair[0] for pair in self._arrived], [pair[1] for pair in self._arrived]
+        fold, self._fold, self._arrived = required(self._fold, "fold"), None, []
         if self.work.kind != "round":
             return write_answers(arrived, self._lost, values)  # type: ignore[arg-type]
         form = PartialForm.of(self.plan, task, self.form)
         columns = {n: torch.cat([each[n] for each in values]) for n in form.columns} if values else {}  # type: ignore
-        return form.to_bytes(arrived, self._lost, self._fold.results.partials.get(self.work.version), columns)
+        return form.to_bytes(arrived, self._lost, fold.results.partials.get(self.work.version), columns)
 
 
 class RelayChain(MemoryChain):
@@ -134,14 +137,17 @@ class RelayChain(MemoryChain):
 
     on_settled: Callable[[Prepared], None] = lambda one: None
     on_dropped: Callable[[Prepared], None] = lambda one: None
+    is_settling = False  # also after a commit that could not be written: the root settles it again
 
     def settle(self, works: tuple[bytes, ...]) -> None:
         """Settle the clients of committed partials, then delete these."""
+        self.is_settling = True
         for one in self.prepared:
             if one.work in works:
                 self.on_settled(one)
         failpoint("relay.settled")
         super().settle(works)
+        self.is_settling = False
 
     def drop(self, work: bytes) -> None:
         """Let the clients of a partial that the root does not use return to the memory before it."""
@@ -151,9 +157,10 @@ class RelayChain(MemoryChain):
             self.on_dropped(one)
 
 
-def _accepted_of(one: Prepared) -> tuple[Accepted, ...]:
-    rows = msgspec.msgpack.decode(one.memory["clients"].numpy().tobytes())
-    return tuple(Accepted(*row) for row in rows)
+def _accepted_of(one: Prepared) -> tuple[int, tuple[Accepted, ...]]:
+    """The round of a partial, and its clients."""
+    round, rows = msgspec.msgpack.decode(one.memory["clients"].numpy().tobytes())
+    return round, tuple(Accepted(*row) for row in rows)
 
 
 class Relay:
@@ -184,13 +191,13 @@ class Relay:
         self._task: Task | None = None
         self._opened: tuple[str, bool] | None = None  # the run that its clients know, and whether its plan has memory
         self._members: tuple[wire.Leaf, ...] | None = None  # of the last report
+        self._refused: dict[str, str] = {}  # the codes of clients that take no part, by name
         self._forms: dict[str, tuple[Plan, MessageForm]] = {}
         self._gatherings: dict[bytes, Gathering] = {}  # those of this start that have not ended, by the root's work
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._drained = False
-        limits = Limits(spec.lease_s, spec.absent_s, spec.work_s, window=spec.window, max_rows=spec.max_rows)
-        self.net = listener_of(home, spec, limits)
+        self.net = listener_of(home, spec, Limits(window=spec.window))  # its root gives the other limits
         self.net.coordinator.below_relay = True
         self.net.awaited = self._awaited
         self._thread = threading.Thread(target=self._take_all, name="atoll-relay", daemon=True)
@@ -246,6 +253,14 @@ class Relay:
         """Give the clients their numbers, and open the run for them."""
         given = {place.name: place.client for place in numbers.places if place.client < wire.RELAYS}
         self.home.database.renumber(given)
+        known = {client.name: client.id for client in self.home.database.clients()}
+        waiting = {known[place.name]: place for place in numbers.places if place.code and place.name in known}
+        self.net.handle(events.Placed(numbers, waiting))
+        for place in waiting.values():
+            if self._refused.get(place.name) != place.code:
+                facts = {"client": known[place.name], "code": place.code, "reason": numbers.rules.refusal(place)}
+                self.notify({"event": "refused", **facts})
+        self._refused = {place.name: place.code for place in waiting.values()}
         if self._opened != (self._run, bool(numbers.memory)):
             self._opened = self._run, bool(numbers.memory)
             self._open_run()
@@ -274,6 +289,7 @@ class Relay:
             known = self.chain.find(work.work)
             if known is not None:
                 return known
+            self._end_earlier(work)
             gathering = self._begin(work, model, fixed, starts, plan, form)
             if not self._wait(gathering, on_step):
                 return Prepared(work.work, None, b"", {})
@@ -284,6 +300,7 @@ class Relay:
         except RefusedError:
             raise
         except UsageError as error:
+            self._withdraw(work.work)
             raise RefusedError("part", error.given, error.required, error.why, error.write) from error
         return self._prepared(work, gathering, body)
 
@@ -293,7 +310,8 @@ class Relay:
             one = Prepared(work.work, None, body, {})
             self.chain.prepare(one)
             return one
-        packed = torch.frombuffer(bytearray(msgspec.msgpack.encode(gathering.accepted)), dtype=torch.uint8)
+        clients = msgspec.msgpack.encode((work.round, gathering.accepted))
+        packed = torch.frombuffer(bytearray(clients), dtype=torch.uint8)
         _, after = self.chain.next_memory({})
         has_memory = required(self._opened, "run")[1]
         one = Prepared(work.work, after if has_memory else None, body, {"clients": packed})
@@ -359,6 +377,14 @@ class Relay:
         net.handle(*assigned)
         return gathering
 
+    def _end_earlier(self, work: wire.Work) -> None:
+        """Drop the partials of earlier rounds that are not settled: the root has ended these rounds without them."""
+        if work.kind != "round" or self.chain.is_settling:
+            return
+        for one in self.chain.prepared:
+            if _accepted_of(one)[0] < work.round:
+                return self.chain.drop(one.work)  # and those after it
+
     def _wait(self, gathering: Gathering, on_step: OnStep | None) -> bool:
         """Wait for the ends of all works. False: the root no longer waits, and the works are withdrawn."""
         while True:
@@ -382,7 +408,7 @@ class Relay:
 
     def _settled(self, one: Prepared) -> None:
         """The root has committed a partial: record it, and settle the clients."""
-        accepted, has_memory = _accepted_of(one), self._opened is None or self._opened[1]
+        (_, accepted), has_memory = _accepted_of(one), self._opened is None or self._opened[1]
         if has_memory and accepted:  # after a start, the root can settle before the run is entered
             self.home.database.settle(required(self.chain.run, "run"), accepted[0].version, accepted)
         with self._changed:

@@ -73,12 +73,21 @@ class Relays:
         open: the open works, by name.
         flights: flights below relays whose work has not been sent yet.
         noted: whether a report has the note about relays.
+        refused: the code of each client of a relay that takes no part, by name.
     """
 
     of_leaf: dict[int, int] = field(default_factory=dict)
     open: dict[bytes, RelayWork] = field(default_factory=dict)
     flights: list[Flight] = field(default_factory=list)
     noted: bool = False
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def is_new(self, name: str, code: str) -> bool:
+        """Whether a client takes no part for another reason than in the last report of its relay."""
+        before = self.refused.pop(name, "")
+        if code:
+            self.refused[name] = code
+        return bool(code) and code != before
 
     @classmethod
     def of(cls, clients: Iterable[ClientRecord]) -> Relays:

@@ -77,6 +77,7 @@ class _Channel:
     number: int
     client: int
     socket: web.WebSocketResponse
+    name: str  # of the client
     waiting: deque[bytes] = field(default_factory=deque)
     queued: int = 0
     ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -431,6 +432,8 @@ class Listener:
             if self._stopping.is_set():
                 return  # the store may be closed as soon as this thread has ended
             self._refresh()
+            if self.coordinator.below_relay:
+                self._end_renumbered()
             self._event(events.Tick())
             self._guard()
             self._publish()
@@ -519,6 +522,15 @@ class Listener:
         for client in revoked & set(self.present) | revoked:
             self._event(events.Revoked(client))
 
+    def _end_renumbered(self) -> None:
+        """End the channels of clients of a relay that have a number in the run now."""
+        waiting = [channel for channel in self._channels.values() if channel.client >= wire.RELAYS]
+        if waiting:
+            numbers = {client.name: client.id for client in self._directory.clients}
+            for channel in waiting:
+                if numbers.get(channel.name) != channel.client:
+                    self._event(events.Renumbered(channel.number))
+
     def _check_again(self) -> None:
         self._checked = False
 
@@ -591,7 +603,7 @@ class Listener:
         )
         await socket.prepare(request)
         self._count += 1
-        channel = _Channel(self._count, client.id, socket)
+        channel = _Channel(self._count, client.id, socket, client.name)
         self._channels[channel.number] = channel
         if len(client.serials) > 1 or client.state == "invited":
             await asyncio.get_running_loop().run_in_executor(None, self.store.used, client.id, peer.serial)

@@ -58,6 +58,7 @@ from atoll.net.wire import (
     FrameError,
     LeaveCode,
     Numbers,
+    Place,
     Seat,
     Start,
     Work,
@@ -332,13 +333,15 @@ class Site:
         if not path.exists() or path.read_bytes() != content:
             atomic_write(path, content, 0o600)
 
-    def number(self, numbers: Numbers) -> None:
-        """A site has no clients that could get numbers.
+    def number(self, numbers: Numbers) -> Place:
+        """The own place, if the relay of this site reports that the run has none for it.
 
         Raises:
-            RunError: always.
+            RunError: it numbers other clients: a site has none.
         """
-        raise RunError("The server numbers the clients of this site.", "a message for a relay.")
+        if len(numbers.places) != 1 or not numbers.places[0].code:
+            raise RunError("The server numbers the clients of this site.", "a message for a relay.")
+        return numbers.places[0]
 
     def compute(
         self,

@@ -408,6 +408,7 @@ class Database:
         san: str | None = None,
         limit: int | None = None,
         relay: bool = False,
+        leaves: int | None = None,
     ) -> int:
         """Record an invitation. An earlier unused invitation of the same name ends.
 
@@ -418,6 +419,7 @@ class Database:
             san: the alternative name under an existing authority, such as `DNS:site.example`.
             limit: the number of clients of a closed run; None: no limit.
             relay: whether it is a relay, which is no client of a run, or a client of a relay without a number.
+            leaves: the most clients of a relay; None: it is no relay.
         Returns:
             The number of the client.
         Raises:
@@ -432,7 +434,7 @@ class Database:
             else:
                 client = int(found[0])
                 if relay != (client >= RELAYS) and not self._meta("user.relay"):
-                    again = Line(shell=f"atoll invite {name}{'' if relay else ' --relay'}")
+                    again = Line(shell=f"atoll invite {name}{'' if relay else ' --relay 4'}")
                     given = f"{name!r} was invited {'without' if relay else 'with'} --relay."
                     raise UsageError(given, "another name, or the same kind.", write=again)
                 if san is not None and san != found[1]:
@@ -440,6 +442,8 @@ class Database:
                     db.execute("UPDATE clients SET san = ?, pinned = 0 WHERE id = ?", (san, client))
             db.execute("UPDATE invitations SET state = 'replaced' WHERE name = ? AND state = 'open'", (name,))
             db.execute("INSERT INTO invitations VALUES (?, ?, ?, 'open', NULL)", (secret, name, expires))
+            if leaves is not None:
+                db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"user.leaves {name}", str(leaves)))
             self._identity_changed(db, {"event": "invited", "client": client, "name": name, "expires": expires})
         return client
 
@@ -453,24 +457,34 @@ class Database:
                              "the run is closed, and its number of clients is fixed.")  # fmt: skip
         return int(count)
 
+    def leaves(self, relay: str) -> int:
+        """The most clients of a relay, of its last invitation."""
+        return int(self.get(f"leaves {relay}") or 0)
+
     def number_leaves(self, relay: str, names: Sequence[str], limit: int | None) -> tuple[int, ...]:
         """The numbers of the clients of a relay in the run. A client that is new gets the next one, or `RELAYS`.
 
         Args:
             relay: the name of the relay. In the database of the root its clients are called RELAY/NAME.
             names: the names of the clients.
-            limit: the number of clients of a closed run; None: no limit. Further clients have no number.
+            limit: the number of clients of a closed run; None: no limit. Further clients have no number, nor have those
+                beyond `leaves`.
         """
-        out = []
+        out, most = [], self.leaves(relay)
         with self._transaction() as db:
+            numbered = [row[0] for row in db.execute("SELECT name FROM clients") if row[0].startswith(f"{relay}/")]
             for name in (f"{relay}/{one}" for one in names):
                 found = db.execute("SELECT id FROM clients WHERE name = ?", (name,)).fetchone()
+                if found is None and len(numbered) >= most:
+                    out.append(RELAYS)
+                    continue
                 try:
                     number = self._next_number(db, name, limit, relay=False) if found is None else int(found[0])
                 except UsageError:
                     number = RELAYS
                 out.append(number)
                 if found is None and number < RELAYS:
+                    numbered.append(name)
                     values = (number, name, f"relay:{name}", True)
                     insert = "INSERT INTO clients (id, name, san, pinned, state) VALUES (?, ?, ?, ?, 'enrolled')"
                     db.execute(insert, values)

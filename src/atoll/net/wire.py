@@ -30,7 +30,7 @@ from msgspec import Meta
 
 from atoll.base.errors import AtollError
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_FRAME = 128 << 10
 MAX_INLINE = 64 << 10
 MAX_PLAN = 32 << 10
@@ -156,10 +156,41 @@ class Leaf(_Struct, frozen=True):
 
 
 class Place(_Struct, frozen=True):
-    """The number of a client of a relay in the run; `RELAYS` if a closed run has no place for it."""
+    """The number of a client of a relay in the run.
+
+    Args:
+        name: its name at the relay.
+        client: its number; `RELAYS` if it has none.
+        code: why it takes no part: "places", the run or the relay has no further place; "rows", it has too many rows,
+            or other rows than before. Empty if it takes part.
+    """
 
     name: Name
     client: ClientId
+    code: Literal["", "places", "rows"]
+
+
+class Rules(_Struct, frozen=True):
+    """The rules of the root for the clients of a relay, which are those for its own clients.
+
+    Args:
+        lease_s, absent_s, work_s, max_rows: as in `atoll.net.coordinator.Limits`.
+        clients: the clients of the run.
+        leaves: the most clients of this relay.
+    """
+
+    lease_s: Seconds
+    absent_s: Seconds | None
+    work_s: Seconds
+    max_rows: Rows
+    clients: Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+    leaves: Annotated[int, Meta(ge=0, le=MAX_LEAVES)]
+
+    def refusal(self, place: Place) -> str:
+        """The reason for the code of a place, for people."""
+        if place.code == "rows":
+            return f"{place.name} needs the rows with which it began the run, and at most {self.max_rows}."
+        return f"The run has {self.clients} clients, and at most {self.leaves} of this relay: no place is free."
 
 
 class Start(_Struct, frozen=True):
@@ -330,13 +361,17 @@ class Work(_Struct, frozen=True):
 
 
 class Numbers(_Struct, frozen=True):
-    """The answer to `Members`: the numbers of these clients in the run.
+    """The answer to `Members`: the numbers of these clients in the run. A relay sends it to a client without a place.
 
-    `memory` is 1 if the plan has client memory, else 0.
+    Args:
+        places: the clients.
+        memory: 1 if the plan has client memory, else 0.
+        rules: the rules for them.
     """
 
     places: Annotated[tuple[Place, ...], Meta(max_length=MAX_LEAVES)]
     memory: Annotated[int, Meta(ge=0, le=1)]
+    rules: Rules
 
 
 class Gather(_Struct, frozen=True):
@@ -726,7 +761,7 @@ def version_fault(hello: Hello, server: Versions, closed: bool) -> tuple[ByeCode
         The code and the reason of a `Bye`.
     Example:
         >>> ours = Versions("3.11.7", "0.1.0", "2.13.0", "2.4.6")
-        >>> old = Hello(3, Versions("3.11.7", "0.1.0", "2.12.1", "2.4.6"), "", ("loop",), None, None, ())
+        >>> old = Hello(4, Versions("3.11.7", "0.1.0", "2.12.1", "2.4.6"), "", ("loop",), None, None, ())
         >>> print(version_fault(old, ours, closed=True)[1])
         The client has torch 2.12.1. Required: torch 2.13, as the server. Write: pip install "torch==2.13.*"
         >>> version_fault(old, ours, closed=False)

@@ -153,7 +153,13 @@ class Serving:
         return address
 
     def invite(
-        self, name: str, *, address: str | None = None, san: str | None = None, days: float = 7.0, relay: bool = False
+        self,
+        name: str,
+        *,
+        address: str | None = None,
+        san: str | None = None,
+        days: float = 7.0,
+        relay: int | None = None,
     ) -> str:
         """Make a token, with which one client joins.
 
@@ -162,7 +168,7 @@ class Serving:
             address: HOST:PORT for the site to dial; None: the one that the server listens on.
             san: the alternative name under your own authority.
             days: the days until the token expires.
-            relay: whether the token is for `atoll relay`.
+            relay: the most clients of a relay, if the token is for `atoll relay`.
         Returns:
             The text of the token. It contains a secret.
         Raises:
