@@ -183,7 +183,7 @@ def test_the_manual_has_every_code_with_a_cause_and_a_cure():
     ]
     listed = {cells[0].strip("`") for cells in rows}
     assert all(len(cells) == 3 and all(cells) for cells in rows)
-    kinds = (wire.RefusalCode, wire.LeaveCode, wire.DenialCode, wire.ReceiptCode, wire.ByeCode)
+    kinds = (wire.RefusalCode, wire.LeaveCode, wire.DenialCode, wire.ReceiptCode, wire.ByeCode, wire.PlaceCode)
     known = {code for kind in kinds for code in get_args(kind)}
     for action in (coordinator.Failed, coordinator.Noted):
         text = re.sub(

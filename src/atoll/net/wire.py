@@ -79,6 +79,8 @@ ByeCode: TypeAlias = Literal[
     "behind", "frame", "order", "quota", "silent", "slow", "relay",
 ]  # fmt: skip
 
+PlaceCode: TypeAlias = Literal["places", "rows"]  # why a client of a relay takes no part
+
 CERTIFICATE = "Atoll-Certificate"  # the header in which a client states its certificate to a server without TLS
 HTTP_STATUS: Mapping[ReceiptCode, int] = {
     "received": 200,
@@ -167,7 +169,7 @@ class Place(_Struct, frozen=True):
 
     name: Name
     client: ClientId
-    code: Literal["", "places", "rows"]
+    code: Literal[""] | PlaceCode
 
 
 class Rules(_Struct, frozen=True):
