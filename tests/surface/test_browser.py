@@ -319,3 +319,22 @@ def test_access_widths_and_sizes_of_text(chromium, axe, demo, scheme):
                             wrong.append(f"{name} {width}: {found['id']}: {text}")
                 context.close()
     assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+def test_the_list_of_runs_does_not_scroll_sideways(chromium, demo):
+    """Neither the page nor the box of the table, from a small phone to a wide screen."""
+    first = min(demo.glob("2*"))
+    Labels("A title that a user has written, with " + "unbroken" * 20, ("first", "x" * 60)).write(first)
+    wrong = []
+    with served(demo) as (url, _):
+        page = chromium.new_page()
+        page.goto(url)
+        until(page, "document.querySelectorAll('main tr').length > 2")
+        for width in (*range(320, 1920, 40), 1920):
+            page.set_viewport_size({"width": width, "height": 900})
+            over = page.evaluate("""[document.documentElement, ...document.querySelectorAll("main *")]
+              .map((e) => [e.tagName, e.scrollWidth - e.clientWidth, getComputedStyle(e).overflowX])
+              .filter(([tag, over, x]) => over > 0 && (tag === "HTML" || x === "auto" || x === "scroll"))""")
+            wrong += [f"{width}: {over}"] if over else []
+        page.close()
+    assert not wrong, "\n".join(wrong)

@@ -165,7 +165,7 @@ function listing(runs, state, changed) {
       changed();
     } } });
     box.checked = overlay.chosen.has(r.run);
-    return element("th", { scope: "row", class: "pick" }, box, " ", element("a", { href: "#" + encodeURIComponent(r.run) }, r.title || r.run), " ",
+    return element("th", { scope: "row", role: "rowheader", class: "pick" }, box, " ", element("a", { href: "#" + encodeURIComponent(r.run) }, r.title || r.run), " ",
       spark(r.spark[0], r.spark[1], 70, 20), (r.tags || []).map((t) => element("span", { class: "tag" }, t)));
   };
   return sortedTable("runs, newest first", "run", runs.map((r) => r.title || r.run), columns, state, pick);

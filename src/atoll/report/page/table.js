@@ -18,7 +18,7 @@ export function textTable(table, kind) {
 
 // columns: [{label, unit, values, absent}]; names: the row heads. The order is kept in `state`.
 export function sortedTable(caption, first, names, columns, state, pick) {
-  const body = element("tbody", {});
+  const body = element("tbody", { role: "rowgroup" }); // roles: a narrow list has no layout of a table
   const order = names.map((_, i) => i);
   let filled = 0;
   const value = (i) => (state.by < 0 ? names[i] : (columns[state.by].values || [])[i]);
@@ -31,12 +31,12 @@ export function sortedTable(caption, first, names, columns, state, pick) {
   };
   const cell = (column, i) => {
     const given = column.values[i];
-    return element("td", { class: typeof given === "string" ? null : "n" }, typeof given === "string" ? given : (FORMS[column.unit] || FORMS.number)(given));
+    return element("td", { role: "cell", "data-label": pick ? column.label : null, class: typeof given === "string" ? null : "n" }, typeof given === "string" ? given : (FORMS[column.unit] || FORMS.number)(given));
   };
   const fill = () => {
     const sorted = state.by === undefined ? order : [...order].sort(compare);
-    const made = (from, to) => sorted.slice(from, to).map((i) => element("tr", {}, pick ? pick(i) : element("th", { scope: "row" }, names[i]),
-      columns.map((column) => (column.absent ? element("td", { class: "absent" }, column.absent) : cell(column, i)))));
+    const made = (from, to) => sorted.slice(from, to).map((i) => element("tr", { role: "row" }, pick ? pick(i) : element("th", { scope: "row", role: "rowheader" }, names[i]),
+      columns.map((column) => (column.absent ? element("td", { role: "cell", class: "absent" }, column.absent) : cell(column, i)))));
     const turn = filled += 1;
     body.replaceChildren(...made(0, FIRST));
     if (sorted.length > FIRST) whenIdle(() => { if (turn === filled) body.append(...made(FIRST, MOST)); });
@@ -48,11 +48,12 @@ export function sortedTable(caption, first, names, columns, state, pick) {
       heads.forEach((h, m) => h.setAttribute("aria-sort", m === n ? (state.down ? "descending" : "ascending") : "none"));
       fill();
     } } }, column.label);
-    return element("th", { scope: "col", "aria-sort": state.by === n - 1 ? (state.down ? "descending" : "ascending") : "none", class: n && column.unit !== "text" ? "n" : null }, button);
+    return element("th", { scope: "col", role: "columnheader", "aria-sort": state.by === n - 1 ? (state.down ? "descending" : "ascending") : "none", class: n && column.unit !== "text" ? "n" : null }, button);
   });
   fill();
   const omitted = names.length > MOST ? " The first " + MOST + " rows in this order are shown." : "";
   const tall = !pick && names.length > 20 ? " tall" : "";
   return element("div", { class: "scroll" + tall, tabindex: 0, role: "region", "aria-label": caption },
-    element("table", {}, element("caption", {}, caption + omitted), element("thead", {}, element("tr", {}, heads)), body));
+    element("table", { role: "table" }, element("caption", {}, caption + omitted),
+      element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, heads)), body));
 }
