@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from atoll.compute.buffer_pool import empty
 from atoll.compute.layout import Layout
+from atoll.compute.tensor_notes import BLOCK, attach, lookup
 
 
 class GradientResult(NamedTuple):
@@ -144,6 +145,11 @@ def some(vector: Tensor, places: tuple[slice, ...]) -> Tensor:
     for at in places:
         out[..., start : start + at.stop - at.start] = vector[..., at]
         start += at.stop - at.start
+    peaks = lookup(vector, "peaks")
+    if peaks is not None and [at.start for at in places] == [0]:  # only the last block is another one
+        whole = start // BLOCK
+        last = out[:, whole * BLOCK :]
+        attach(out, "peaks", torch.cat([peaks[:, :whole], *([last.abs().amax(1, True)] if last.shape[1] else [])], 1))
     return out
 
 

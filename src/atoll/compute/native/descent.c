@@ -383,7 +383,8 @@ static void pack(const Layer *s, I count, const REAL *theta, REAL *packed, const
             I first = 0;
             if (outs < NR) memset(to, 0, sizeof(REAL) * s->taps * NR);
             for (; area == 1 && outs == NR && first + NR <= s->taps; first += NR) {
-                for (I o = 0; o < NR; o++) __builtin_prefetch(from + o * s->taps + first + PACK_AHEAD);
+                const I ahead = first + PACK_AHEAD, next = ahead < s->taps ? ahead : ahead + (NR - 1) * s->taps;
+                for (I o = 0; o < NR; o++) __builtin_prefetch(from + o * s->taps + next); /* also of the next panel */
                 transpose_square(from + first, s->taps, to + first * NR, NR);
                 if (pull) subtract_offset(pull, packed, at + first * NR, NR * NR);
             }
