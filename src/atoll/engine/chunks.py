@@ -36,7 +36,7 @@ from atoll.plan.conflicts import check_contribution
 from atoll.plan.in_flight import Flight
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Broadcast, Contribution, Ids, Tensors
-from atoll.plan.round import Failure, Gathered, Kept
+from atoll.plan.round import Failure, Gathered, Kept, read_only_memory
 from atoll.plan.state import State, part_of
 
 Start = Callable[[int], tuple[Broadcast, Key]]  # model version → broadcast and round key of its clients
@@ -45,7 +45,7 @@ Start = Callable[[int], tuple[Broadcast, Key]]  # model version → broadcast an
 class ClientRows(Protocol):
     """The client state that chunks read and write. Later chunks of a client read the rows that `put` wrote."""
 
-    def take(self, ids: Tensor) -> dict[str, Tensor]: ...
+    def take(self, ids: Tensor, read_only: str = "") -> dict[str, Tensor]: ...
     def put(self, ids: Tensor, rows: Tensors) -> None: ...
 
 
@@ -180,6 +180,7 @@ class ChunkRunner:
         self.shares, self.room, self.keep, self.compare = shares, room or ChunkLimit(), frozenset(keep), compare
         self.fold = Fold(plan, now, keep, task.device)
         self._wave: list[tuple[Tensor, Tensors]] = []
+        self._read_only = read_only_memory(plan)
 
     @property
     def results(self) -> Results:
@@ -203,7 +204,7 @@ class ChunkRunner:
                 todo += [(ids.select(at), down[at]) for at in reversed(torch.arange(count).split(most))]
                 continue
             share = self.shares.get((int(ids.client[0]), int(ids.repeat[0])), 1.0) if self.shares else 1.0
-            memory = self.memory.take(ids.client)
+            memory = self.memory.take(ids.client, self._read_only)
             try:
                 plan, task, data = self.plan, self.task, self.data
                 # Without a name for the encoded updates: after an error no tensor of the chunk stays in memory.

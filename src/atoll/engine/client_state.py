@@ -5,7 +5,7 @@ Tests: tests/identities/test_codecs_memory.py, tests/faults/test_killed_clients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,27 +32,58 @@ class Memory:
     def __init__(self, first: Mapping[str, Tensor]) -> None:
         self.first = dict(first)
         self._rows: dict[int, dict[str, Tensor]] = {}
+        self._groups: dict[int, Sequence[int]] = {}  # the clients whose rows are parts of the same tensors
         self._changed: set[int] = set()
 
-    def take(self, ids: Tensor) -> dict[str, Tensor]:
-        """Copy the rows of these clients: named tensors `[K, …]`."""
+    def take(self, ids: Tensor, read_only: str = "") -> dict[str, Tensor]:
+        """Copy the rows of these clients: named tensors `[K, …]`.
+
+        Args:
+            ids: the clients, int64 `[K]`.
+            read_only: begins the names of the tensors that the caller does not change, and does not use after the next
+                `put`. They are not copied if the rows are adjacent in memory. "": no tensor.
+        """
         if not self.first:
             return {}
-        rows = [self._rows.get(i, self.first) for i in ids.tolist()]
-        return {n: _stacked([row[n] for row in rows]) for n in self.first} if rows else {}
+        clients = ids.tolist()
+        if not clients:
+            return {}
+        rows = [self._rows.get(i, self.first) for i in clients]
+        written = read_only and all(i in self._rows for i in clients)  # the initial state belongs to all clients
+        joined = {n for n in self.first if written and n.startswith(read_only)}
+        return {n: (_joined if n in joined else _stacked)([row[n] for row in rows]) for n in self.first}
 
-    def put(self, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
-        """Replace the rows of these clients."""
+    def put(self, ids: Tensor, rows: Mapping[str, Tensor], owned: str = "") -> None:
+        """Replace the rows of these clients.
+
+        Args:
+            ids: the clients, int64 `[K]`, each once.
+            rows: named tensors `[K, …]`.
+            owned: begins the names of the tensors that no one changes after this call. They are stored without a copy
+                if this takes no more memory. "": no tensor.
+        """
         if not self.first:
             return
-        for k, i in enumerate(ids.tolist()):
+        clients = ids.tolist()
+        replaces = bool(owned) and self._replaces_whole_groups(clients)
+        stored = {n for n in self.first if replaces and n.startswith(owned) and _fills_its_memory(rows[n])}
+        for k, i in enumerate(clients):
             old = self._rows.get(i)
             if old is None:
-                self._rows[i] = {n: rows[n][k].clone() for n in self.first}
+                old = self._rows[i] = {n: rows[n][k].clone() for n in self.first if n not in stored}
             else:  # no other object refers to a row, and new memory would be cleared first
-                for n, row in old.items():
-                    row.copy_(rows[n][k])
+                for n in old.keys() - stored:
+                    old[n].copy_(rows[n][k])
+            for n in stored:
+                old[n] = rows[n][k]
+            if stored or i not in self._groups:
+                self._groups[i] = clients if stored else (i,)
             self._changed.add(i)
+
+    def _replaces_whole_groups(self, clients: list[int]) -> bool:
+        """Whether no client outside of these has rows in the tensors of one of them, which are then freed."""
+        groups = [self._groups[i] for i in clients if i in self._groups]
+        return sum({id(group): len(group) for group in groups}.values()) == len(groups)
 
     def touched(self) -> Tensor:
         """Ids of the clients that have rows, int64 `[n]`, ascending."""
@@ -67,6 +98,23 @@ class Memory:
         ids = torch.tensor(sorted(self._changed), dtype=torch.int64)
         self._changed.clear()
         return ids, self.take(ids)
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    """The rows as one tensor: without a copy if they are adjacent parts of one tensor, in this order."""
+    first = rows[0]
+    start, size, memory = first.data_ptr(), first.nbytes, first.untyped_storage().data_ptr()
+    adjacent = all(
+        row.data_ptr() == start + k * size and row.untyped_storage().data_ptr() == memory for k, row in enumerate(rows)
+    )
+    if not (size and adjacent and first.is_contiguous()):
+        return _stacked(rows)
+    return first.as_strided((len(rows), *first.shape), (first.numel(), *first.stride()))
+
+
+def _fills_its_memory(rows: Tensor) -> bool:
+    """Whether a tensor is nearly all of the memory that it keeps from being freed, and needs no copy."""
+    return rows.is_cpu and rows.is_contiguous() and rows.untyped_storage().nbytes() <= 1.25 * rows.nbytes
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:
@@ -85,10 +133,11 @@ class Uncommitted:
         self.first = store.first
         self._rows: dict[int, dict[str, Tensor]] = {}
 
-    def take(self, ids: Tensor) -> dict[str, Tensor]:
-        """Copy the rows of these clients: named tensors `[K, …]`."""
-        rows = dict(self._store.take(ids))
-        for k, i in enumerate(ids.tolist() if self._rows else []):
+    def take(self, ids: Tensor, read_only: str = "") -> dict[str, Tensor]:
+        """Copy the rows of these clients: named tensors `[K, …]`; see `Memory.take`."""
+        clients = ids.tolist() if self._rows else []
+        rows = dict(self._store.take(ids, "" if any(i in self._rows for i in clients) else read_only))
+        for k, i in enumerate(clients):
             for name, row in self._rows.get(i, {}).items():
                 rows[name][k] = row
         return rows

@@ -148,7 +148,7 @@ class InProcessEngine(Engine):
                 rehearse(plan, state, results, runner.fold.sent, lost)
             if self.reduce is not None:
                 results = self.reduce(plan.aggregator, results, first, trouble)
-        return gathered(plan, state, flown, results, self.room, keep)
+        return gathered(plan, state, flown, results, self.room, keep)._replace(fresh=True)
 
     @contextlib.contextmanager
     def _tuned(self, plan: Plan, task: Task, arrived: list[Flight], cohort: Cohort) -> Iterator[float]:

@@ -42,6 +42,9 @@ from atoll.plan.codec.stage import Identity, roundtrip
 from atoll.plan.conflicts import check_noised_sum
 from atoll.plan.form import Buffer
 from atoll.plan.in_flight import InFlight
+from atoll.plan.local.correcting import CORRECTION
+from atoll.plan.local.correction import CORRECTIONS
+from atoll.plan.local.train import Train
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import (
     Aggregator,
@@ -118,6 +121,7 @@ class Gathered(NamedTuple):
     trips: tuple[FlightTimes, ...] = ()
     notes: tuple[str, ...] = ()  # messages to print once
     kept: tuple[Kept, ...] = ()  # the contributions that the caller requested, by version, repeat and client
+    fresh: bool = False  # no other object uses the tensors of `memory`, so the store needs no copy
     void: bool = False  # no secure sum, because the server was killed after clients had opened their masks
 
 
@@ -298,9 +302,20 @@ def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
     opened = open_round(plan, state, engine)
     gathered = enough(plan, opened, engine.gather(plan, opened.state, opened.cohort, opened.key))
     closed = close_round(opened, gathered)
+    owned = read_only_memory(plan) if gathered.fresh else ""
     for ids, rows in gathered.memory:
-        state.memory.put(ids, rows)
+        state.memory.put(ids, rows, owned)
     return closed.state, closed.report
+
+
+def read_only_memory(plan: Plan) -> str:
+    """The prefix of the names of client memory that only corrections of this package receive and return, or "".
+
+    They neither change a tensor that they receive nor use one that they have returned, so it needs no copy.
+    """
+    correction = plan.local.correction if type(plan.local) is Train else None
+    parts = () if correction is None else correction.parts or (correction,)
+    return f"local/{CORRECTION}" if parts and all(type(part) in CORRECTIONS for part in parts) else ""
 
 
 class Opened(NamedTuple):
