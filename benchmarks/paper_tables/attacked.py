@@ -13,7 +13,7 @@ from .rows import Means, Result, Row, Table
 
 RULES = (
     *("Mean('equal')", "Median()", "TrimmedMean(0.2)", "Krum(4, m=12)", "GeometricMedian()", "CenteredClip(1.0)"),
-    *("NormBound(1.0)", "Bulyan(4)", "DnC(4)", "FLTrust(0)", "Bucketing(2, Median())"),
+    *("NormBound(1.0)", "Bulyan(4)", "DnC(4)", "FLTrust(0)", "Bucketing(2, Median())", "Foundation(Median())"),
 )
 ALL = (*ATTACKS, "Claim(1000000000, of=SignFlip(5.0))", "LabelFlip(0.2)")
 CLEAN = "no attack"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -407,8 +407,47 @@ class ByColumn(Partition):
         return pool.by
 
 
+class _Attack(Partition):
+    """The base of partitions in which some clients have changed rows. A subclass has the fields `share` and `of`."""
+
+    share: float
+    of: Partition
+    stream: ClassVar[str]  # of the draw of the attackers; results depend on it
+
+    def attackers(self, clients: int, key: Key) -> Tensor:
+        """The numbers of the attackers, int64, ascending.
+
+        Args:
+            clients: the number of clients.
+            key: that of `view`.
+        """
+        count = math.floor(self.share * clients + 1e-9)
+        return key.fold(self.stream).permutation(clients)[:count].sort().values
+
+    def held_view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
+        return self.of.held_view(rows, owner, clients, key)
+
+    def _take_over(self, given: str, write: str) -> None:
+        """Refuse another value than a partition, and a second attack; then take over the facts of the partition."""
+        if not isinstance(self.of, Partition) or isinstance(self.of, _Attack):
+            raise UsageError(given, "another partition.", write=write)
+        for name in ("natural", "draws"):
+            object.__setattr__(self, name, getattr(self.of, name))
+
+    def _labels(self, pool: Pool, clients: int) -> Tensor:
+        """The class of each row. Refuses rows without one, and a share that is less than one client."""
+        if pool.labels is None or pool.labels.dim() > 1:
+            raise _refuse(self, clients, "one class per row.", "it changes the class of rows.", self.of)
+        if self.share and not self.share * clients + 1e-9 >= 1:
+            required = f"a share of at least one client, {1 / clients:.3g}."
+            why = "the result would look like that of a rule that withstands the attack."
+            share = math.ceil(100 / clients) / 100 if clients > 2 else 0.0
+            raise _refuse(self, clients, required, why, replace(cast("Any", self), share=share))
+        return pool.labels
+
+
 @dataclass(frozen=True, repr=False)
-class LabelFlip(Partition):
+class LabelFlip(_Attack):
     """Simulates clients that train with wrong labels: class y of C becomes C − 1 − y.
 
     The attackers are ⌊share · clients⌋ clients, drawn by the seed. They train and send as all clients do, so each rule
@@ -426,38 +465,25 @@ class LabelFlip(Partition):
     Reference: Fang, Cao, Jia, Gong, Local Model Poisoning Attacks to Byzantine-Robust Federated Learning, 2020.
     """
 
+    stream: ClassVar[str] = "label flip"
     share: float = bounded_number(0.2, least=0, below=0.5, why="no rule withstands a majority of attackers.")
     of: Partition = field(default_factory=IID)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _check_attack(
-            self, self.of, f"LabelFlip({self.share!r}, {self.of!r:.60}).", f"LabelFlip({self.share!r}, IID())"
-        )
+        self._take_over(f"LabelFlip({self.share!r}, {self.of!r:.60}).", f"LabelFlip({self.share!r}, IID())")
 
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
-        _check_attackers(self, self.of, pool, clients)
+        self._labels(pool, clients)
         return self.of(pool, clients, key)
-
-    def attackers(self, clients: int, key: Key) -> Tensor:
-        """The numbers of the attackers, int64, ascending.
-
-        Args:
-            clients: the number of clients.
-            key: that of `view`.
-        """
-        return _attackers(self.share, clients, key.fold("label flip"))
 
     def view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
         seen = self.of.view(rows, owner, clients, key)
         return FlippedRows(seen, torch.isin(owner, self.attackers(clients, key)), int(rows.targets().max()) + 1)
 
-    def held_view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
-        return self.of.held_view(rows, owner, clients, key)
-
 
 @dataclass(frozen=True, repr=False)
-class Backdoor(Partition):
+class Backdoor(_Attack):
     """Simulates clients that plant a backdoor: half of their rows have a trigger, and the label of the attacker.
 
     The trigger is the lower right square of an image, or the last features of a row. The attackers are
@@ -479,6 +505,7 @@ class Backdoor(Partition):
     Reference: Bagdasaryan et al., How To Backdoor Federated Learning, 2020; Gu, Dolan-Gavitt, Garg, BadNets, 2017.
     """
 
+    stream: ClassVar[str] = "backdoor"
     target: int = bounded_number(0, least=0, whole=True)
     share: float = bounded_number(0.2, least=0, below=0.5, why="no rule withstands a majority of attackers.")
     of: Partition = field(default_factory=IID)
@@ -488,56 +515,20 @@ class Backdoor(Partition):
     def __post_init__(self) -> None:
         check_fields(self)
         given = f"Backdoor({self.target!r}, {self.share!r}, {self.of!r:.60})."
-        _check_attack(self, self.of, given, f"Backdoor({self.target!r}, {self.share!r}, IID())")
+        self._take_over(given, f"Backdoor({self.target!r}, {self.share!r}, IID())")
 
     def __call__(self, pool: Pool, clients: int, key: Key) -> Tensor:
-        labels = _check_attackers(self, self.of, pool, clients)
+        labels = self._labels(pool, clients)
         if not bool((labels == self.target).any()):
             why = "rows with the trigger get this class."
             raise _refuse(self, clients, f"a target from 0 to {int(labels.max())}.", why, replace(self, target=0))
         return self.of(pool, clients, key)
-
-    def attackers(self, clients: int, key: Key) -> Tensor:
-        """The numbers of the attackers, int64, ascending.
-
-        Args:
-            clients: the number of clients.
-            key: that of `view`.
-        """
-        return _attackers(self.share, clients, key.fold("backdoor"))
 
     def view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
         seen = self.of.view(rows, owner, clients, key)
         half = key.fold("poisoned rows").uniform(len(owner)) < 0.5
         bad = torch.isin(owner, self.attackers(clients, key)) & half
         return TriggeredRows(seen, bad, self.target, self.size, self.value)
-
-    def held_view(self, rows: Rows, owner: Tensor, clients: int, key: Key) -> Rows:
-        return self.of.held_view(rows, owner, clients, key)
-
-
-def _check_attack(attack: LabelFlip | Backdoor, of: object, given: str, write: str) -> None:
-    """Refuse another value than a partition, and a second attack; then take over the facts of the partition."""
-    if not isinstance(of, Partition) or isinstance(of, (LabelFlip, Backdoor)):
-        raise UsageError(given, "another partition.", write=write)
-    for name in ("natural", "draws"):
-        object.__setattr__(attack, name, getattr(of, name))
-
-
-def _check_attackers(attack: LabelFlip | Backdoor, of: Partition, pool: Pool, clients: int) -> Tensor:
-    """The class of each row. Refuses rows without one, and a share that is less than one client."""
-    if pool.labels is None or pool.labels.dim() > 1:
-        raise _refuse(attack, clients, "one class per row.", "it changes the class of rows.", of)
-    if attack.share and not attack.share * clients + 1e-9 >= 1:
-        required = f"a share of at least one client, {1 / clients:.3g}."
-        why = "the result would look like that of a rule that withstands the attack."
-        share = math.ceil(100 / clients) / 100 if clients > 2 else 0.0
-        raise _refuse(attack, clients, required, why, replace(attack, share=share))
-    return pool.labels
-
-
-def _attackers(share: float, clients: int, key: Key) -> Tensor:
-    return key.permutation(clients)[: math.floor(share * clients + 1e-9)].sort().values
 
 
 PARTITIONS: Mapping[str, type[Partition]] = {
