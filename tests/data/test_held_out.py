@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from atoll.base.errors import UsageError
 from atoll.base.random import Key
+from atoll.data import load
 from atoll.data.held_out import (
     After,
     Groups,
@@ -107,3 +108,46 @@ def test_bad_rules_are_refused(make, text):
     with pytest.raises(UsageError) as error:
         make()
     assert text in str(error.value)
+
+
+IDS = [str(9007199254740992 + i % 4) for i in range(20)]  # beyond the whole numbers of float64
+FEW = ["007", "7", "07", "8"] * 5
+
+
+def held(tmp_path, column, rule):
+    """The cells of the held-out rows of a CSV file."""
+    path = tmp_path / "codes.csv"
+    path.write_text("x,g,y\n" + "".join(f"{i % 3}.5,{cell},{i}.25\n" for i, cell in enumerate(column)))
+    data = load(path, target="y", scale_target="none").split(2, held_out=rule, min_rows=1)
+    return [column[int(y)] for y in data.held_out.targets().tolist()]
+
+
+@pytest.mark.parametrize(
+    ("column", "rule", "expected"),
+    [
+        (FEW, 'Mask("g", "007")', {"007"}),
+        (FEW, 'Mask("g", 7)', {"7"}),
+        (["7.0", "7", "8", "9"] * 5, 'Mask("g", "7.0")', {"7.0", "7"}),
+        (IDS, f'Mask("g", {IDS[1]})', {IDS[1]}),
+        (IDS, f'Mask("g", "{IDS[1]}")', {IDS[1]}),
+        (IDS, f'After("g", {IDS[1]})', set(IDS[1:4])),
+        (IDS, 'After("g", 0.2)', {IDS[3]}),
+        (["01", "02", "3", "10"] * 5, 'After("g", 3)', {"3", "10"}),
+    ],
+)
+def test_codes_are_no_numbers(tmp_path, column, rule, expected):
+    found = held(tmp_path, column, rule)
+    assert set(found) == expected and len(found) == sum(cell in expected for cell in column)
+
+
+@pytest.mark.parametrize("column", [FEW, IDS])
+def test_groups_of_codes_are_apart(tmp_path, column):
+    folds = [held(tmp_path, column, f'Groups("g", 0.25, fold={fold})') for fold in range(4)]
+    assert all(len(set(fold)) == 1 and len(fold) == 5 for fold in folds)
+    assert set().union(*folds) == set(column)
+
+
+@pytest.mark.parametrize("column", [["a", "b", "", "c"] * 5, ["007", "7", "", "8"] * 5, ["1", "2", "", "3"] * 5])
+def test_a_row_without_a_group_is_refused(tmp_path, column):
+    with pytest.raises(UsageError, match="row 2 has no value in 'g'"):
+        held(tmp_path, column, 'Groups("g", 0.25)')

@@ -23,7 +23,7 @@ from atoll.base.grammar import constructor, parse
 from atoll.base.lines import Change, Line, Split, literal
 from atoll.base.random import Key
 from atoll.base.validation import bounded_number, check_fields, plain_number
-from atoll.data.cells import name_of
+from atoll.data.cells import code_of, is_number, name_of, number
 from atoll.data.partition import in_groups, shuffled
 from atoll.data.rows import Array
 
@@ -38,7 +38,8 @@ class HeldOutPool(NamedTuple):
         rows: the number of rows.
         labels: the class of each row, int64 `[rows]`; None if rows have no class.
         by: the natural client of each row, int64 `[rows]`; None if the data has no natural clients.
-        column: reads a column by its name, `[rows]`: float64 with NaN for missing, or objects with None.
+        column: reads a column by its name, `[rows]`: float64 with NaN for missing, or texts as objects with None. A
+            column with a code, such as 007 or one of 17 digits, has texts.
     """
 
     rows: int
@@ -213,8 +214,8 @@ class After(HeldOut):
     def __call__(self, pool: HeldOutPool, key: Key) -> Tensor:
         times = _times(self, pool)
         if isinstance(self.since, float) and 0 < self.since < 1:
-            first = min(pool.rows - 1, max(0, math.ceil((1 - self.since) * pool.rows)))
-            return times >= times.sort().values[first]
+            first = sorted(times)[min(pool.rows - 1, max(0, math.ceil((1 - self.since) * pool.rows)))]
+            return torch.tensor([time >= first for time in times])
         since = _number_of(self.since)
         if since is None:
             raise UsageError(
@@ -222,7 +223,7 @@ class After(HeldOut):
                 "a number, or a date such as 2024-01-31.",
                 write=f'After("{self.column}", 0.2)',
             )
-        return times >= since
+        return torch.tensor([time >= since for time in times])
 
 
 @dataclass(frozen=True, repr=False)
@@ -388,25 +389,33 @@ def _codes(rule: Groups, pool: HeldOutPool) -> Tensor:
     return torch.tensor([places[str(cell)] for cell in cells])
 
 
-def _times(rule: After, pool: HeldOutPool) -> Tensor:
-    """The time of each row, float64 `[rows]`."""
+def _times(rule: After, pool: HeldOutPool) -> list[float]:
+    """The time of each row. Whole numbers are exact, also nanoseconds since 1970, which float64 would round."""
     cells = pool.column(rule.column).tolist()
-    times = [_number_of(cell) for cell in cells]
-    if None in times:
-        row, groups = times.index(None), len({_text(cell) for cell in cells})
+    found = [_number_of(_plain(cell)) for cell in cells]
+    times = [time for time in found if time is not None]
+    if len(times) < len(found):
+        row, groups = found.index(None), len({_text(cell) for cell in cells})
         raise UsageError(
             f"held_out={rule}: row {row} has {cells[row]!r} in {rule.column!r}.",
             "a number or an ISO date in every row.",
             "texts have no order in time.",
             Change("held_out", f"Groups({rule.column!r}, {max(0.2, 1 / groups):.3g})" if groups > 1 else 0.2),
         )
-    return torch.tensor(times, dtype=torch.float64)
+    return times
+
+
+def _plain(cell: Any) -> Any:
+    """The number of a text in a column of codes; other cells are unchanged."""
+    if not isinstance(cell, str) or not is_number(cell):
+        return cell
+    return int(cell) if cell.isdecimal() else number(cell)
 
 
 def _number_of(cell: Any) -> float | None:
     """A number, or the seconds of an ISO date since 1970; None for other cells."""
     if isinstance(cell, (int, float)) and not isinstance(cell, bool):
-        return None if math.isnan(cell) else float(cell)
+        return None if math.isnan(cell) else cell
     try:
         when = cell if isinstance(cell, datetime) else datetime.fromisoformat(str(cell))
     except ValueError:
@@ -415,10 +424,10 @@ def _number_of(cell: Any) -> float | None:
 
 
 def _text(value: Any) -> str | None:
-    """The text of a cell; whole floats lose the decimal point. None for a missing cell."""
+    """The text of a cell; whole numbers lose the decimal point. None for a missing cell."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    return name_of(value)
+    return code_of(value) if isinstance(value, str) else name_of(value)
 
 
 def _fraction(value: float) -> RandomRows:

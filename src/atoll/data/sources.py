@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from atoll.base.markup import html_table, mimebundle
 from atoll.base.names import with_noun
 from atoll.base.random import Key, user_scope
 from atoll.base.validation import check_arguments
-from atoll.data.cells import EPOCH, Cells, Missing
+from atoll.data.cells import EPOCH, Cells, Missing, code_of
 from atoll.data.clients import Clients, offsets_of
 from atoll.data.held_out import (
     HeldOut,
@@ -68,6 +68,7 @@ class Source:
         notes: one sentence for each guess.
         schema: columns, levels and classes, without statistics; None: those of an array.
         cells: the cells of a table's columns, to read them by the columns and levels of another input.
+        codes: the texts of columns of numbers with a text such as 007, which rules of held-out rows read.
         listed: columns that the user listed as features.
         scale_target: "none" or "standard": numbers to predict are scaled by mean and deviation of the train rows.
     """
@@ -87,6 +88,7 @@ class Source:
     notes: tuple[str, ...] = ()
     schema: Input | None = None
     cells: Mapping[str, Cells] | None = None
+    codes: Mapping[str, Cells] = field(default_factory=dict)
     listed: tuple[str, ...] = ()
     scale_target: str = "none"
 
@@ -433,7 +435,7 @@ class Source:
         return every[~held], every[held], (f"Held out: {int(held.sum())} of {len(self)} rows, {how}.",)
 
     def _column(self, name: str) -> Array:
-        """The cells of a column, for a rule: numbers, ISO dates, or texts with None for missing."""
+        """The cells of a column, for a rule: numbers, or ISO dates, codes and texts with None for missing."""
         if self.cells is None or name not in self.cells:
             raise no_column(name, self.cells or {})
         cells = self.cells[name]
@@ -441,11 +443,16 @@ class Source:
         if days is not None:
             dates = [None if math.isnan(d) else (EPOCH + timedelta(days=d)).isoformat() for d in days.tolist()]
             return np.array(dates, dtype=object)
-        numbers = cells.numbers(Missing())
-        if numbers is not None:
+        codes, numbers = self.codes.get(name), cells.numbers(Missing())
+        if numbers is not None and codes is None:
             return numbers
-        texts = cells.texts()
-        return np.array([None if code < 0 else texts.levels[code] for code in texts.codes.tolist()], dtype=object)
+        # As numbers the codes 007 and 7, or two codes of 17 digits, would be one group.
+        texts = (codes or cells).texts()
+        names = [None if Missing().text(text) else code_of(text) for text in texts.levels] + [None]
+        out = np.array([names[code] for code in texts.codes.tolist()], dtype=object)
+        if numbers is not None:
+            out[np.isnan(numbers)] = None
+        return out
 
     def _count(
         self, clients: int | None, partition: Partition, train: int, rule: HeldOut | Tensor, min_rows: int

@@ -379,6 +379,7 @@ def from_cells(name: str, read: CellTable, options: Options, door: Door) -> Sour
         notes=(*notes, *gap_notes, *level_notes, *guessed),
         schema=schema,
         cells={**others, **typed_cells},
+        codes={c: picked(cells[c], keep) for c, it in {**found, **raw}.items() if _are_texts(cells[c], it.cells)},
         listed=tuple(chosen),
         scale_target=options.scale_target or ("standard" if one else "none"),
     )
@@ -646,6 +647,14 @@ def _all_labels(cells: Mapping[str, Cells]) -> bool:
 def _are_codes(cells: Cells) -> bool:
     """Whether a text of a column of numbers is not the name of its number, such as 007."""
     return not isinstance(cells, NumberCells) and any(loses_digits(text) for text in cells.texts().levels)
+
+
+def _are_texts(cells: Cells, typed: Cells) -> bool:
+    """Whether a column that is read as whole numbers has codes. Fractions are none, and their texts are not read."""
+    if not isinstance(typed, NumberCells) or isinstance(cells, NumberCells):
+        return False
+    values = typed.values[~np.isnan(typed.values)]
+    return bool((values == np.round(values)).all()) and _are_codes(cells)
 
 
 def _clients(name: str, cells: Cells, keep: Array) -> tuple[torch.Tensor, tuple[str, ...]]:
