@@ -12,7 +12,7 @@ from memory_tracker import Memory
 import atoll
 from atoll.base.errors import Note, UsageError
 from atoll.cli import main
-from atoll.runs import last_end, list_runs, read_rows
+from atoll.runs import find_run, last_end, list_runs, read_rows
 from atoll.track.tracking import STATE, Tracking, tracker
 
 PLAN = "fedavg(lr=0.1)"
@@ -95,12 +95,32 @@ def test_refusals(data, tmp_path):
 
     with pytest.raises(UsageError, match="Broken does not start: PermissionError: read-only"):
         train(data, tmp_path, observers=[Broken()])
+    assert not list(tmp_path.iterdir())
+    run = train(data, tmp_path, rounds=2)
+    for kept in ([Broken()], [Memory(), Broken()]):
+        with pytest.raises(UsageError, match="Broken"):
+            train(data, tmp_path, observers=kept)
+        assert list_runs(tmp_path) == [run.path] and find_run("latest", tmp_path) == run.path
+    with pytest.raises(UsageError, match="Broken"):
+        train(data, tmp_path, observers=[Broken()], resume=run.path, rounds=4)
+    assert last_end(run.path).startswith("interrupted")
+    assert train(data, tmp_path, resume=run.path, rounds=4).rounds == 4
     with pytest.raises(UsageError, match="out = None"):
         train(data, None, observers=[Memory()])
     with pytest.raises(UsageError, match="MLflow"):
         tracker("mlfow")
     with pytest.raises(UsageError, match="offline"):
         tracker("WandB(mode='live')")
+
+
+def test_an_observer_that_refuses_leaves_no_run(data, tmp_path):
+    class Refuses:
+        def start(self, training, path):
+            raise ValueError("not here")
+
+    with pytest.raises(ValueError, match="not here"):
+        train(data, tmp_path, observers=[Refuses()])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_package_is_refused_before_the_run_folder(data, tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -188,6 +189,7 @@ class RunFolder:
 
     path: Path
     store: Commit | None = None
+    latest_before: str | None = None  # the run to which `latest` pointed before a new folder
     _lock: IO[str] | None = None
     _logs: dict[str, IO[bytes]] = field(default_factory=dict)
     _files: dict[str, str] = field(default_factory=dict)  # files that the last pointer names → their digests
@@ -239,6 +241,7 @@ class RunFolder:
                     folder._open(name)
                 # Last, since this file marks a folder as a run.
                 write(path / "config.toml", config.encode())
+                folder.latest_before = _target(parent / "latest")
                 _point(parent / "latest", path.name)
             except BaseException:
                 folder.close()
@@ -294,6 +297,18 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def discard(self) -> None:
+        """Remove a new folder, and point the link `latest` to the run to which it pointed before."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+        link = self.path.parent / "latest"
+        if _target(link) != self.path.name:
+            return  # another run began meanwhile
+        if self.latest_before is not None and (self.path.parent / self.latest_before).is_dir():
+            _point(link, self.latest_before)
+        else:
+            link.unlink(missing_ok=True)
 
     def _open(self, name: str) -> IO[bytes]:
         if name not in self._logs:
@@ -729,6 +744,11 @@ def _damaged(path: Path) -> RunError:
         "training from a damaged state would give another result.",
         f"atoll show {path.parent.parent.name}",
     )
+
+
+def _target(link: Path) -> str | None:
+    """The target of a link; None if there is none."""
+    return os.readlink(link) if link.is_symlink() else None
 
 
 def _point(link: Path, target: str) -> None:

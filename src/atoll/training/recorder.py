@@ -67,7 +67,7 @@ class Recorder:
         self.reports: list[Report] = []
         self.best: dict[str, Any] = {}
         self.best_model: Model | None = None
-        self._saved_best = -1
+        self._saved_best, self._resumed = -1, False
         self._same: tuple[Any, Any, dict[str, Any]] | None = None
         self._recorded = 0  # the number of rounds that are written
         self._last = self._began = time.monotonic()
@@ -123,7 +123,7 @@ class Recorder:
 
     def resume(self, path: Path, any_version: bool) -> None:
         """Continue a run from its last checkpoint. A folder that is refused is not changed."""
-        self.folder = runs.RunFolder.open(path, self.store)
+        self.folder, self._resumed = runs.RunFolder.open(path, self.store), True
         try:
             checkpoint = self.folder.restore(any_version=any_version)
             refuse_other_input(path, self.training.input)
@@ -290,6 +290,21 @@ class Recorder:
             self.folder.event("stop", status=status, reason=str(error) or type(error).__name__)
             if not interrupted and self.training.state.round == self._recorded:
                 self.checkpoint()
+
+    def refuse(self, error: BaseException) -> None:
+        """Remove the folder of a run whose observer refused to start. A run with rounds is interrupted.
+
+        Args:
+            error: the error of the observer, such as a tracker.
+        """
+        folder, self.folder = self.folder, None
+        if folder is None:
+            return
+        if not self._resumed and self.store is None:  # a store names the run already
+            folder.discard()
+            return
+        with contextlib.suppress(RunError), contextlib.closing(folder):
+            folder.event("stop", status="interrupted", reason=str(error) or type(error).__name__)
 
     def note(self, text: str) -> None:
         """Write a text into the run as a note of the last round."""

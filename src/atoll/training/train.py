@@ -177,6 +177,10 @@ def run_rounds(training: Training, recorder: Recorder, observers: Sequence[Obser
         path = recorder.path
         for observer in observers:
             observer.start(training, path)
+    except BaseException as error:
+        recorder.refuse(error)
+        raise
+    try:
         with _Interrupt(training.engine.interrupt) as interrupt:
             while training.outcome is None and not _asked(interrupt, training):
                 row = recorder.round(training.next())
