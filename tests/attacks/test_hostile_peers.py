@@ -3,6 +3,7 @@
 Each case has its own answer, and the server goes on: at the end an honest client is present.
 """
 
+import asyncio
 import base64
 import contextlib
 import os
@@ -307,6 +308,24 @@ def test_the_number_of_connections_is_limited(peer, monkeypatch):
                 stack.enter_context(peer.connect())
         assert eventually(lambda: len(peer.net.connections) <= 8)
     assert eventually(lambda: peer.answer(None, request("GET", "/healthz")) == 200)
+
+
+def test_a_download_that_is_not_read_delays_others_for_a_moment_only(peer, monkeypatch):
+    """On a crowded server downloads take turns, and each returns its turn once."""
+    for name, value in {"MANY": -1, "SENDING_S": 0.3}.items():
+        monkeypatch.setattr(servers, name, value)
+    turns = asyncio.Semaphore(1)
+    monkeypatch.setattr(peer.net, "_sending", turns)
+    monkeypatch.setattr(peer.coordinator, "may_read", lambda client, hash: True)
+    me, large = peer.certificates["honest"], peer.net.offer(bytes(64 << 20))
+    with peer.connect(me) as silent:
+        silent.sendall(request("GET", f"/v1/blobs/{large.hash.hex()}"))
+        assert eventually(turns.locked)
+        assert peer.answer(me, request("GET", f"/v1/blobs/{peer.model.hash.hex()}")) == 200
+    assert eventually(lambda: turns._value == 1)
+    assert peer.answer(me, request("GET", f"/v1/blobs/{peer.model.hash.hex()}")) == 200
+    assert eventually(lambda: turns._value == 1), "a turn was returned twice"
+    peer.net.keep_blobs({peer.blob.hash, peer.model.hash})
 
 
 def test_failed_enrolments_of_an_address_are_limited(peer):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
 import socket
@@ -78,6 +79,25 @@ def collect_rarely() -> None:
     """
     gc.freeze()
     gc.set_threshold(COLLECT_EVERY, 20, 20)
+
+
+def return_memory() -> None:
+    """Return freed memory to the system. Does nothing without glibc.
+
+    Each TLS connection of uvloop has a buffer of 256 KiB. glibc keeps the buffers of ended connections in the middle of
+    its heap, with the bytes that were in them. In a heap of 1 GiB this takes 2 to 16 ms.
+
+    Example:
+        >>> return_memory()
+    """
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 class Links:

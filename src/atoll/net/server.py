@@ -29,7 +29,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,15 +44,18 @@ from atoll.base.validation import required
 from atoll.net import coordinator as events
 from atoll.net import identity, systemd, wire
 from atoll.net.coordinator import Coordinator
-from atoll.net.loop import run_loop
+from atoll.net.loop import return_memory, run_loop
 from atoll.net.store import ClientRecord, Database, DeniedError, channels_of
 
 PING_S = 20.0
 MAX_TRIES = 10  # failed enrolments of one address in a minute
 MAX_QUEUED = 4 << 20  # bytes that wait for a client that does not read
+RETURN_EVERY = 16  # ended transfers of a crowded server; each may have freed 256 KiB
 PIECE = 1 << 18
-SHORT_PIECE = 1 << 15
+SHORT_PIECE = 1 << 14  # a record of TLS
 MANY = 64  # connections; beyond, each keeps short buffers
+SENDING = 64  # downloads of a crowded server that start together
+SENDING_S = 1.0  # for which others wait for the end of a download; a longer one is that of a slow client
 TOGETHER = 4 << 20  # bytes of contributions that are folded in one call
 COLLECT_S = 0.05  # seconds in which a contribution waits for others without which its round cannot close
 HEAD_S = 10.0  # from the opening of a connection to the end of its first request's head, also for the handshake
@@ -144,6 +147,8 @@ class Listener:
         self._guarded = 0.0
         self._spoke: set[Any] = set()  # those with a request
         self._server: web.Server | None = None
+        self._sending = asyncio.Semaphore(SENDING)
+        self._ended = 0  # the transfers of a crowded server since the last return of memory
         self.lag = 0.0  # seconds by which the last timer was late
         self._watchdog, self._signed = systemd.watchdog_s(), 0.0
         self.seen: dict[int, float] = {}
@@ -404,6 +409,7 @@ class Listener:
         if now - self._guarded < GUARD_S:  # it reads all connections, and many timers of clients may end together
             return
         self._guarded = now
+        self._transferred(0, least=1)
         self._opened = {connection: self._opened.get(connection, now) for connection in self.connections}
         self._spoke &= self._opened.keys()
         for number, (connection, opened) in enumerate(self._opened.items()):
@@ -755,13 +761,44 @@ class Listener:
             status, headers["Content-Range"] = 206, f"bytes {start}-{len(data) - 1}/{len(data)}"
         answer = web.StreamResponse(status=status, headers=headers)
         await answer.prepare(request)
-        view = memoryview(data)
-        # TLS keeps a buffer as long as the longest piece until the connection ends.
-        piece = SHORT_PIECE if self._is_crowded() else PIECE
-        for at in range(start, len(data), piece):
-            await answer.write(view[at : at + piece])
-        await answer.write_eof()
+        async with self._turn():
+            await self._send_pieces(request, answer, memoryview(data)[start:])
         return answer
+
+    async def _send_pieces(self, request: web.BaseRequest, answer: web.StreamResponse, view: memoryview) -> None:
+        """Send the body of a download. The connection keeps buffers of the longest bytes that wait, until it ends."""
+        piece = SHORT_PIECE if self._is_crowded() else PIECE
+        if request.transport is not None:  # the next piece waits until this one has left; the default is 512 KiB
+            request.transport.set_write_buffer_limits(high=1, low=0)
+        for at in range(0, len(view), piece):
+            await answer.write(view[at : at + piece])
+            await request.writer.drain()  # `write` waits only after each 64 KiB
+        await answer.write_eof()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """If the server is crowded, let few downloads start at a time, so that few have full buffers.
+
+        A download delays others by at most `SENDING_S`, so a client that does not read blocks none.
+        """
+        if not self._is_crowded():
+            yield
+            return
+        await self._sending.acquire()
+        held = [True]
+
+        def give() -> None:
+            if held:
+                held.clear()
+                self._sending.release()
+
+        timer = required(self._loop, "event loop").call_later(SENDING_S, give)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            give()
+            self._transferred()
 
     async def _offset(self, request: web.BaseRequest, work: bytes) -> web.Response:
         client, _ = self._peer(request)
@@ -810,6 +847,7 @@ class Listener:
             code = upload.decided.result() if upload.decided.done() else await asyncio.wait_for(upload.decided, 10)
             done = web.Response(status=wire.HTTP_STATUS.get(code, 429), text=code)
             if total > HASH_APART and self._is_crowded():
+                self._transferred()
                 done.force_close()  # it has the buffers of a long upload, which idle connections would keep
             return done
         except _EndedError:  # after 503 the client connects and sends it again
@@ -849,6 +887,13 @@ class Listener:
 
     def _is_crowded(self) -> bool:
         return len(self.connections) > MANY
+
+    def _transferred(self, count: int = 1, least: int = RETURN_EVERY) -> None:
+        """Count transfers of a crowded server that have ended, and return the buffers of `least` of them."""
+        self._ended += count
+        if self._ended >= least:
+            self._ended = 0
+            return_memory()
 
     def _settle_upload(self, number: int, code: Any) -> None:
         upload = self._uploads.get(number)
