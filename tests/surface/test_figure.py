@@ -1,7 +1,10 @@
 """Lines and bands of any number of runs: numpy's means and deviations, notes, files and refusals."""
 
 import json
+import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from scipy import stats
 import atoll
 from atoll.base.errors import UsageError
 from atoll.cli import main
-from atoll.report.figure import Estimate
+from atoll.report.figure import Estimate, mean
 
 RNG = np.random.default_rng(3)
 
@@ -117,7 +120,7 @@ def test_notes_state_seeds_lengths_ends_and_repetitions(tmp_path):
     made(tmp_path / "c", [0.2, 0.3], 1)
     found = atoll.compare(tmp_path)
     (group,) = found.groups
-    assert group.runs == ("a", "b") and group.values.shape == (2, 2)
+    assert group.runs == ("a", "b") and len(group.by_round) == 2 and len(group.curves) == 2
     assert found.notes == (
         "c repeats b, and is left out.",
         "a is not finished: 3 rounds.",
@@ -177,3 +180,19 @@ def test_a_pdf_without_matplotlib_names_the_extra(grid, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"pip install 'atoll\[plots\]'"):
         atoll.compare("r*").save(tmp_path / "x.pdf")
+
+
+def test_a_table_of_runs_starts_without_numpy(grid):
+    """The import of NumPy would take a quarter of the command's time."""
+    code = "import sys; from atoll.cli import main; main(['compare', 'r*']); print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False" and "± " in done.stdout
+
+
+def test_values_that_are_not_finite(tmp_path):
+    made(tmp_path / "a", [0.1, math.nan], 0)
+    made(tmp_path / "b", [0.2, math.inf], 1)
+    (group,) = atoll.compare(tmp_path).groups
+    assert math.isnan(group.last.mean) and math.isnan(group.last.sd) and group.best(True).mean == pytest.approx(0.15)
+    assert all(math.isnan(end[-1]) for kind in ("sd", "range") for end in group.band(kind))
+    assert math.isnan(mean([math.inf, -math.inf])) and mean([1e308, 1e308]) == math.inf

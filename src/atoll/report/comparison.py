@@ -5,11 +5,13 @@ Tests: tests/surface/test_tools.py.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import add
+from typing import Any
 
-import numpy as np
-
-from atoll.report.flight_log import Numbers
 from atoll.report.run_data import RunData
 from atoll.runs.format import better, rises
 
@@ -22,40 +24,44 @@ class Curve:
 
     Args:
         name: the name of the run.
-        rounds, values: the rounds and the metric, float64 `[measured]`.
-        bytes: the bytes of all messages from the first round up to each of these rounds, float64 `[measured]`.
-        times: the virtual or computing time from the first round up to each of these rounds, in seconds, float64
-            `[measured]`.
+        rounds, values: the rounds and the metric, `[measured]`.
+        bytes: the bytes of all messages from the first round up to each of these rounds, `[measured]`.
+        times: the virtual or computing time from the first round up to each of these rounds, in seconds, `[measured]`.
     """
 
     name: str
-    rounds: Numbers
-    values: Numbers
-    bytes: Numbers
-    times: Numbers
+    rounds: tuple[float, ...]
+    values: tuple[float, ...]
+    bytes: tuple[float, ...]
+    times: tuple[float, ...]
 
     @classmethod
     def of(cls, record: RunData, metric: str, time: str) -> Curve:
         """Build the curve from the rows of a run; `time` is `CLOCK` or `SECONDS`."""
         at = {row["round"]: i for i, row in enumerate(record.rows)}
-        spent = np.cumsum(_amounts(record, "bytes_up") + _amounts(record, "bytes_down"))
+        spent = list(accumulate(map(add, _amounts(record, "bytes_up"), _amounts(record, "bytes_down"))))
         clock = time == CLOCK
         each = _amounts(record, "clock" if clock else "seconds")
-        times = np.maximum.accumulate(each) if clock and len(each) else np.cumsum(each)
-        rounds, values = record.series(metric)
-        where = [at[int(t)] for t in rounds]
-        return cls(record.name, rounds, values, spent[where], times[where])
+        times = list(accumulate(each, max if clock else add))
+        rounds, values = record.numbers(metric)
+        where = [at[t] for t in rounds]
+        costs = (tuple(of[i] for i in where) for of in (spent, times))
+        return cls(record.name, tuple(map(float, rounds)), tuple(map(float, values)), *costs)
+
+    def at(self, rounds: Collection[float]) -> Curve:
+        """The curve in some of its rounds."""
+        keep = [i for i, t in enumerate(self.rounds) if t in rounds]
+        parts = (tuple(of[i] for i in keep) for of in (self.rounds, self.values, self.bytes, self.times))
+        return Curve(self.name, *parts)
 
     def best(self, rising: bool) -> float | None:
         """The best finite value; None if no value is finite."""
-        good = self.values[np.isfinite(self.values)]
-        return None if not len(good) else float(good.max() if rising else good.min())
+        return (max if rising else min)(filter(math.isfinite, self.values), default=None)
 
     def reaches(self, target: float, rising: bool) -> int | None:
         """The index of the first value that is at least as good as the target; None if no value is."""
-        with np.errstate(invalid="ignore"):
-            found = np.flatnonzero(self.values >= target if rising else self.values <= target)
-        return int(found[0]) if len(found) else None
+        met = (i for i, v in enumerate(self.values) if (v >= target if rising else v <= target))
+        return next(met, None)
 
 
 @dataclass(frozen=True)
@@ -103,10 +109,9 @@ class MetricComparison:
         return None
 
 
-def _amounts(record: RunData, name: str) -> Numbers:
-    """The numbers of a column, float64 `[rows]`; 0 where a row has no finite number."""
-    values = [row.get(name) for row in record.rows]
-    if not set(map(type, values)) <= {int, float}:
-        values = [v if type(v) in (int, float) else 0.0 for v in values]
-    each = np.array(values, dtype=np.float64)
-    return np.where(np.isfinite(each), each, 0.0)
+def _amounts(record: RunData, name: str) -> Sequence[float]:
+    """The numbers of a column, `[rows]`; 0 where a row has no finite number."""
+    values: list[Any] = [row.get(name) for row in record.rows]
+    if set(map(type, values)) <= {int, float} and all(map(math.isfinite, values)):
+        return list(map(float, values))
+    return [float(v) if type(v) in (int, float) and math.isfinite(v) else 0.0 for v in values]

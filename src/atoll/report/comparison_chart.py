@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from atoll.report.chart import Axis, Drawing, Mark, Panel, Points, ReferenceLine, Series, Unit, suits_log
 from atoll.report.comparison import MetricComparison
-from atoll.report.flight_log import Numbers
 from atoll.runs.format import format_number, label, plain
 
 
@@ -22,19 +21,19 @@ def comparison_drawing(found: MetricComparison) -> Drawing:
     return Drawing("comparison", f"{name} of {names} by bytes and by time.", [[by_bytes, by_time]], True, 0.32)
 
 
-def apart(costs: Sequence[Numbers]) -> bool:
+def apart(costs: Sequence[Sequence[float]]) -> bool:
     """Whether the costs differ by more than a factor of 8, so that a linear axis would squeeze one line."""
     ends = [float(c[-1]) for c in costs if len(c)]
     return len(ends) == 2 and min(ends) > 0 and max(ends) > 8 * min(ends)
 
 
-def _panel(found: MetricComparison, costs: Sequence[Numbers], title: str, label: str, unit: Unit) -> Panel:
+def _panel(found: MetricComparison, costs: Sequence[Sequence[float]], title: str, label: str, unit: Unit) -> Panel:
     marks: list[Mark] = [ReferenceLine(found.target, "soft")]
     for i, (curve, x, at) in enumerate(zip(found.curves, costs, found.at, strict=True)):
-        marks.append(Series(x.tolist(), curve.values.tolist(), f"s{i}", curve.name))
+        marks.append(Series(list(x), list(curve.values), f"s{i}", curve.name))
         if at is not None:
-            marks.append(Points([float(x[at])], [float(curve.values[at])], f"s{i}", "ring"))
-    log = not found.rising and suits_log(*(c.values.tolist() for c in found.curves))
+            marks.append(Points([x[at]], [curve.values[at]], f"s{i}", "ring"))
+    log = not found.rising and suits_log(*(c.values for c in found.curves))
     far = apart(costs)
     axis = Axis(label, unit, log=far, low=None if far else 0.0)
     remark = f"dashed: {format_number(found.target)}"

@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from atoll.base.markup import html_table, mimebundle
 from atoll.report.comparison import Curve
-from atoll.report.flight_log import Numbers
 from atoll.runs.format import format_number, label, rises
 from atoll.runs.frames import Backend, frame_of_columns
 
@@ -39,6 +36,35 @@ SPREADS = {"sd": "± sd", "range": "smallest to largest", "ci": "95 % interval o
 TABLES = (".csv", ".tex", ".md")
 
 
+def mean(values: Sequence[float]) -> float:
+    """The mean, with one rounding; NaN if a value is NaN.
+
+    Example:
+        >>> mean([0.5, 1.0]), mean([1.0, float("inf")])
+        (0.75, inf)
+    """
+    try:
+        return math.fsum(values) / len(values)
+    except (OverflowError, ValueError):  # beyond float64, or infinities of both signs
+        return sum(values) / len(values)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation of at least two values, with n − 1.
+
+    Example:
+        >>> deviation([1.0, 3.0])
+        1.4142135623730951
+    """
+    middle = mean(values)
+    return math.sqrt(mean([(v - middle) * (v - middle) for v in values]) * len(values) / (len(values) - 1))
+
+
+def least(values: Sequence[float]) -> float:
+    """The smallest value; NaN if a value is NaN."""
+    return math.nan if any(map(math.isnan, values)) else min(values)
+
+
 @dataclass(frozen=True, eq=False)
 class Estimate:
     """A mean over runs and its standard deviation, both NaN or None if unknown; `n` runs."""
@@ -52,8 +78,8 @@ class Estimate:
         """The mean if every run has a value; the standard deviation if there are two runs."""
         if any(v is None for v in values):
             return cls(None, None, len(values))
-        each = np.array(values, dtype=np.float64)
-        return cls(float(each.mean()), float(each.std(ddof=1)) if len(each) > 1 else None, len(each))
+        each = [v for v in values if v is not None]
+        return cls(mean(each), deviation(each) if len(each) > 1 else None, len(each))
 
     def text(self, joint: str = " ± ") -> str:
         """The mean in the digits that two significant digits of the standard deviation carry.
@@ -87,34 +113,39 @@ class SeedGroup:
     curves: tuple[Curve, ...]
 
     @property
-    def values(self) -> Numbers:
-        """float64 `[runs, rounds]`."""
-        return np.stack([c.values for c in self.curves])
+    def by_round(self) -> list[tuple[float, ...]]:
+        """The values of all runs in each round, `[rounds]` of `[runs]`."""
+        return list(zip(*(c.values for c in self.curves), strict=True))
 
-    def x(self, axis: X) -> Numbers:
-        """The mean over the runs of a cost, float64 `[rounds]`."""
+    @property
+    def mean(self) -> list[float]:
+        """The mean over the runs, `[rounds]`."""
+        return list(map(mean, self.by_round))
+
+    def x(self, axis: X) -> list[float]:
+        """The mean over the runs of a cost, `[rounds]`."""
         costs = {"round": "rounds", "bytes": "bytes"}.get(axis, "times")
-        found: Numbers = np.stack([getattr(c, costs) for c in self.curves]).mean(axis=0)
-        return found
+        return list(map(mean, zip(*(getattr(c, costs) for c in self.curves), strict=True)))
 
-    def band(self, spread: Spread) -> tuple[Numbers, Numbers] | None:
+    def band(self, spread: Spread) -> tuple[list[float], list[float]] | None:
         """The low and the high end over the runs, each `[rounds]`; None for a single run."""
-        values, n = self.values, len(self.curves)
+        values, n = self.by_round, len(self.curves)
         if n < 2:
             return None
         if spread == "range":
-            return values.min(axis=0), values.max(axis=0)
-        mean, half = values.mean(axis=0), values.std(axis=0, ddof=1)
+            return [least(v) for v in values], [-least([-y for y in v]) for v in values]
+        factor = 1.0
         if spread == "ci":
             from scipy.special import stdtrit  # not at the start, which seldom needs it
 
-            half = half * float(stdtrit(n - 1, 0.975)) / math.sqrt(n)
-        return mean - half, mean + half
+            factor = float(stdtrit(n - 1, 0.975)) / math.sqrt(n)
+        ends = [(m, factor * deviation(v)) for m, v in zip(self.mean, values, strict=True)]
+        return [m - half for m, half in ends], [m + half for m, half in ends]
 
     @property
     def last(self) -> Estimate:
         """The metric after the last common round."""
-        return Estimate.of([float(c.values[-1]) for c in self.curves])
+        return Estimate.of([c.values[-1] for c in self.curves])
 
     def best(self, rising: bool | None) -> Estimate:
         """The best finite value of each run; unknown if no direction is better."""
@@ -125,7 +156,7 @@ class SeedGroup:
         found: list[float | None] = []
         for c in self.curves:
             at = None if target is None or rising is None else c.reaches(target, rising)
-            found.append(None if at is None else float(c.rounds[at]) + 1)
+            found.append(None if at is None else c.rounds[at] + 1)
         return Estimate.of(found)
 
 
@@ -170,11 +201,10 @@ class Comparison:
         """
         rows: list[tuple[Any, ...]] = []
         for g in self.groups:
-            values, n = g.values, len(g.curves)
-            sd = values.std(axis=0, ddof=1).tolist() if n > 1 else [None] * values.shape[1]
-            columns = (g.curves[0].rounds, g.x(self.x), values.mean(axis=0), values.min(axis=0), values.max(axis=0))
-            for t, x, mean, low, high, s in zip(*(c.tolist() for c in columns), sd, strict=True):
-                rows.append((g.name, n, int(t), x, mean, s, low, high))
+            n = len(g.curves)
+            for t, x, values in zip(g.curves[0].rounds, g.x(self.x), g.by_round, strict=True):
+                sd, high = deviation(values) if n > 1 else None, -least([-v for v in values])
+                rows.append((g.name, n, int(t), x, mean(values), sd, least(values), high))
         names = ("line", "n", "round", "x", "mean", "sd", "low", "high")
         return frame_of_columns(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)), backend, "frame()")
 

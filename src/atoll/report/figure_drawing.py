@@ -32,16 +32,14 @@ def figure_drawing(found: Comparison, band: Spread) -> Drawing:
         marks: list[Mark] = [] if found.target is None else [ReferenceLine(found.target, "soft")]
         for g in groups:
             if (ends := g.band(band)) is not None:
-                low, high = (end.tolist() for end in ends)
-                marks.append(Band(g.x(found.x).tolist(), low, high, f"s{colour[id(g)] % SERIES}"))
+                marks.append(Band(g.x(found.x), *ends, f"s{colour[id(g)] % SERIES}"))
         for g in groups:
             place = colour[id(g)]
             name = plain(g.name, 40) + (f" (n={len(g.curves)})" if len(g.curves) > 1 else "")
-            mean = g.values.mean(axis=0).tolist()
-            marks.append(Series(g.x(found.x).tolist(), mean, f"s{place % SERIES}", name, dashed=place >= SERIES))
+            marks.append(Series(g.x(found.x), g.mean, f"s{place % SERIES}", name, dashed=place >= SERIES))
         remark = SPREADS[band] if any(len(g.curves) > 1 for g in groups) else ""
         title = f"held-out rows {at + 1}" if data and len(sets) > 1 else "unknown held-out rows" if not data else ""
-        log = rises(found.metric) is False and suits_log(*(g.values.ravel().tolist() for g in groups))
+        log = rises(found.metric) is False and suits_log(*([v for c in g.curves for v in c.values] for g in groups))
         words, unit = AXES[found.x]
         panels.append(Panel(marks, title, remark, Axis(words, unit), Axis(label(found.metric), log=log), names="top"))
     alt = f"{label(found.metric)} by {found.x}: {', '.join(g.name for g in found.groups)}."

@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from atoll import runs
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.files import write_output
@@ -105,11 +103,11 @@ class PairComparison:
         at = self.metric.at
         out = []
         for name, of, whole in (
-            ("rounds", [c.rounds + 1 for c in self.metric.curves], True),
+            ("rounds", [[t + 1 for t in c.rounds] for c in self.metric.curves], True),
             ("bytes", [c.bytes for c in self.metric.curves], True),
             (self.metric.time, [c.times for c in self.metric.curves], False),
         ):
-            costs = [None if i is None else float(c[i]) for c, i in zip(of, at, strict=True)]
+            costs = [None if i is None else c[i] for c, i in zip(of, at, strict=True)]
             a, b = ((None if c is None else int(c)) if whole else c for c in costs)
             best = "" if a == b or self.caution else "a" if b is None or (a is not None and a < b) else "b"
             out.append(ComparisonRow(name, a, b, best))
@@ -363,6 +361,8 @@ def _gap(files: Sequence[Path], name: str, opened: Sequence[Any]) -> float | Non
         opened: both files for NumPy; empty: the dtype of the tensor is one of torch only.
     """
     if opened:
+        import numpy as np  # a comparison of many runs reads no tensor, and starts without it
+
         x, y = (file.get_tensor(name) for file in opened)
         return None if np.array_equal(x, y) else float(np.abs(x.astype(np.float64) - y.astype(np.float64)).max())
     import torch
@@ -569,19 +569,16 @@ def _line_names(lines: Sequence[Sequence[_Found]], group: str | None) -> list[st
 def _common(line: Sequence[_Found], column: str, time: str) -> tuple[Curve, ...]:
     """The curves of the runs of a line, in the rounds that all of them have."""
     curves = [Curve.of(f.record, column, time) for f in line]
-    if all(np.array_equal(c.rounds, curves[0].rounds) for c in curves):
+    if all(c.rounds == curves[0].rounds for c in curves):
         return tuple(curves)
-    common = set.intersection(*(set(c.rounds.tolist()) for c in curves))
+    common = set.intersection(*(set(c.rounds) for c in curves))
     if not common:
         raise UsageError(
             f"{' and '.join(f.path.name for f in line[:2])} have no round with {column} in common.",
             "runs with common rounds.",
             "a mean over runs is computed round by round.",
         )
-    keep = [np.isin(c.rounds, sorted(common)) for c in curves]
-    return tuple(
-        Curve(c.name, c.rounds[k], c.values[k], c.bytes[k], c.times[k]) for c, k in zip(curves, keep, strict=True)
-    )
+    return tuple(c.at(common) for c in curves)
 
 
 def _remarks(lines: Sequence[Sequence[_Found]], groups: Sequence[SeedGroup]) -> list[str]:
