@@ -48,6 +48,7 @@ from atoll.data import load
 from atoll.net import identity
 from atoll.net.home import ServerHome
 from atoll.net.join import join_federation
+from atoll.net.loop import collect_rarely
 
 FORK = multiprocessing.get_context("fork")
 MIB = 1 << 20
@@ -281,6 +282,7 @@ def served(
 def joins(token: str, home: Path) -> None:
     """`atoll join` in a process."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    collect_rarely()  # as `atoll join` does
     join_federation(token, home, "digits", seat=True, once=True, own={"wide": models.factory("net_model:wide")})
 
 

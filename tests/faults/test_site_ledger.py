@@ -85,3 +85,14 @@ def test_no_row_follows_a_failed_sync(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", sync)
     with pytest.raises(RunError, match="an earlier row"):
         it.append({"round": 1})
+
+
+def test_a_row_of_which_the_disk_takes_a_part_is_an_error_and_is_removed_later(tmp_path, monkeypatch):
+    written(tmp_path, 1)
+    it, write = SiteLedger(tmp_path), os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:9]))
+    with pytest.raises(RunError, match="a part of the row"):
+        it.append({"round": 1})
+    monkeypatch.undo()
+    SiteLedger(tmp_path).append({"round": 2})
+    assert rounds(tmp_path) == [0, 2]

@@ -53,3 +53,10 @@ FROZEN = {
     "distinct": [771093, 786344, 206363, 360069],
     "seed": 1068641617574463658,
 }
+
+
+def test_short_and_long_draws_by_mix64_have_the_same_words():
+    key, few = Key(7).of(torch.tensor([3, 1 << 40])), 9
+    assert torch.equal(key.hash(few), key.hash(1 << 14)[:, :few])  # NumPy and torch
+    state = key.state()[:, None]
+    assert torch.equal(key.hash(few), mix64(state + (torch.arange(few) + 1) * (0x9E3779B97F4A7C15 - (1 << 64))))

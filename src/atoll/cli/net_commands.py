@@ -379,8 +379,10 @@ def join_command(
     check_extra()
     from atoll.net.identity import Files
     from atoll.net.join import join_federation
+    from atoll.net.loop import collect_rarely
     from atoll.net.policy import Policy
 
+    collect_rarely()
     text = _token(token, "join")
     own = _mapped("--model-as", code.model_as) | _mapped("--part", code.part)
     limits = Policy() if policy is None else Policy.read(Path(policy))

@@ -701,6 +701,8 @@ def _at_least_two(columns: tuple[Any, ...]) -> tuple[Any, ...]:
     """Duplicate a single lane, so that every call has at least two; leave more lanes unchanged."""
     if columns[0].shape[0] > 1:
         return columns
+    if all(isinstance(column, Tensor) for column in columns):  # a walk through the tree would take most of the time
+        return tuple(column.expand(2, *column.shape[1:]) for column in columns)
     return tree_map(lambda t: t.expand(2, *t.shape[1:]), columns)  # type: ignore[no-any-return]
 
 

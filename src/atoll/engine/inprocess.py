@@ -192,12 +192,15 @@ def threads_for(task: Task, lanes: int = 1, plan: Plan | None = None) -> Iterato
     native code uses all threads, and torch needs them only for a codec.
     """
     before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
     if task.numerics == "compiled":
         small = plan is not None and isinstance(plan.codec, Identity)
     else:
         size = task.layout.d * lanes // 4 if task.numerics == "fused" else task.layout.d
         small = size < limits.SERIAL_PARAMETERS and not task.slow_in_lanes
-    if before == 1 or not small:
+    if not small:
         yield
         return
     torch.set_num_threads(1)

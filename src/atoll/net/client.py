@@ -17,7 +17,7 @@ import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives import serialization
 from atoll.base.errors import RunError, UsageError
 from atoll.base.files import atomic_write
 from atoll.base.lines import Line
+from atoll.compute.batches import OnStep
 from atoll.data.input import Input
 from atoll.net import identity, systemd, wire
 from atoll.net.policy import is_approved
@@ -430,7 +431,7 @@ class _Channel:
             case wire.Settled(works=works):
                 self._leases = {work: lease for work, lease in self._leases.items() if work not in works}
                 self._end_sum(works)
-                self._later(compute(self.site.chain.settle, works))
+                self._call(self.site.chain.settle, works)
             case wire.StepMessage():
                 self._later(self._stepped(message))
             case wire.Cancel(work=work):
@@ -450,8 +451,22 @@ class _Channel:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not self._failure.done():
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._failure.done():
             self._failure.set_exception(error)
+
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
+        """Call a function in the thread of the site. The loop is woken only if it raises an error."""
+
+        def ended(call: Future[None]) -> None:
+            if not call.cancelled() and (error := call.exception()) is not None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    self._loop.call_soon_threadsafe(self._fail, error)
+
+        self.client._pool.submit(function, *args).add_done_callback(ended)
 
     async def _welcomed(self, message: wire.Welcome) -> None:
         """Check the epoch, fetch the terms of the run, prepare the data, and report the rows."""
@@ -526,22 +541,37 @@ class _Channel:
 
         began = time.perf_counter()
         try:
-            one: Prepared = await client.compute(self.site.compute, work, model, fixed, on_step, starts)
+            one, recorded = await client.compute(self._computed, work, model, fixed, on_step, starts)
         except RefusedError as error:
             await self._refuse(work.work, error)
             return
-        if work.work in client._dropped:
-            client._dropped.discard(work.work)
-            await client.compute(self.site.chain.drop, work.work)
-            return
-        if starts and client._over:
-            return  # a relay has ended the gathering
-        if work.sum is not None:
-            return await self._take_part(work, model)
-        await client.compute(self._noted, work, one.body, bool(one.memory))
+        if not recorded:
+            if work.work in client._dropped:
+                client._dropped.discard(work.work)
+                await client.compute(self.site.chain.drop, work.work)
+                return
+            if starts and client._over:
+                return  # a relay has ended the gathering
+            if work.sum is not None:
+                return await self._take_part(work, model)
+            await client.compute(self._noted, work, one.body, bool(one.memory))
         spent = round(time.perf_counter() - began, 6)
         self.notify({"event": "work", "round": work.round, "bytes": len(one.body), "seconds": spent})
         await self._upload(one.work, one.after, one.body)
+
+    def _computed(
+        self, work: wire.Work, model: bytes, fixed: bytes | None, on_step: OnStep, starts: tuple[wire.Start, ...]
+    ) -> tuple[Prepared, bool]:
+        """Compute a piece of work, and record its message if it is sent now: one call of the site's thread for both.
+
+        Returns:
+            The message, and whether it is recorded.
+        """
+        one: Prepared = self.site.compute(work, model, fixed, on_step, starts)
+        sends = work.sum is None and work.work not in self.client._dropped and not (starts and self.client._over)
+        if sends:
+            self._noted(work, one.body, bool(one.memory))
+        return one, sends
 
     async def _model(self, work: wire.Work) -> bytes:
         """The model version of a work: made from deltas and the last version, or as a whole."""

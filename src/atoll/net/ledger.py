@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import weakref
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -49,6 +50,7 @@ class SiteLedger:
 
     def __init__(self, home: Path) -> None:
         self._path, self._head, self._failed = home / "ledger.jsonl", home / "ledger.head", False
+        self._files: tuple[int, int] | None = None  # descriptors of both files, from the first further row
         self.rows, self._last, length = _read(self._path, self._head)
         self._count = len(self.rows)
         if self._path.exists() and length < self._path.stat().st_size:
@@ -74,16 +76,26 @@ class SiteLedger:
             ) from error
 
     def _write(self, line: bytes) -> None:
+        if self._files is None:
+            self._files = self._opened()
+        ledger, head = self._files
+        if os.write(ledger, line + b"\n") <= len(line):
+            raise OSError("the disk took a part of the row")
+        os.fsync(ledger)
+        self._count, self._last = self._count + 1, sha256(line).hexdigest()
+        # In place: one sector holds the old bytes or the new ones.
+        os.pwrite(head, b"%016d %s\n" % (self._count, self._last.encode()), 0)
+
+    def _opened(self) -> tuple[int, int]:
+        """Open descriptors of both files."""
         if not self._head.exists():
             atomic_write(self._path, b"", 0o600)
             atomic_write(self._head, b"%016d %s\n" % (0, START.encode()), 0o600)
-        with open(self._path, "ab") as file:
-            file.write(line + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._count, self._last = self._count + 1, sha256(line).hexdigest()
-        with open(self._head, "r+b") as file:  # in place: one sector holds the old bytes or the new ones
-            file.write(b"%016d %s\n" % (self._count, self._last.encode()))
+        ledger = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, ledger)
+        head = os.open(self._head, os.O_WRONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, head)
+        return ledger, head
 
 
 def ledger_rows(home: Path) -> list[dict[str, Any]]:

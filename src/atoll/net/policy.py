@@ -158,15 +158,17 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise _refused("values", "values of this site")
         if work.kind == "evaluate":
             return
-        used = set(_CALLED.findall(_QUOTED.sub("''", work.plan))) - _COMPOSED
-        if self.parts is not None and not used <= set(self.parts):
-            raise _refused("part", f"the part {min(used - set(self.parts))}")
-        others = set(made.values()) - {contribution_name(work.work.hex(), work.round, work.sum is not None)}
-        if self.max_rounds is not None and max(work.round, len(others)) >= self.max_rounds:
-            raise _refused("rounds", f"more than {self.max_rounds} rounds")
+        if self.parts is not None:
+            used = set(_CALLED.findall(_QUOTED.sub("''", work.plan))) - _COMPOSED
+            if not used <= set(self.parts):
+                raise _refused("part", f"the part {min(used - set(self.parts))}")
+        if self.max_rounds is not None:
+            others = set(made.values()) - {contribution_name(work.work.hex(), work.round, work.sum is not None)}
+            if max(work.round, len(others)) >= self.max_rounds:
+                raise _refused("rounds", f"more than {self.max_rounds} rounds")
         if work.kind == "round" and self.min_cohort > 1 and _cohort(plan, clients) < self.min_cohort:
             raise _refused("cohort", f"cohorts of less than {self.min_cohort} clients")
-        self._check_privacy(plan, clients, 1 + max(work.round, len(made.keys() - {work.work.hex()})))
+        self._check_privacy(plan, clients, 1 + max(work.round, len(made) - (work.work.hex() in made)))
 
     def _check_privacy(self, plan: Plan, clients: int, rounds: int) -> None:
         """Refuse a plan whose sum or noise protects less than the policy asks."""

@@ -271,6 +271,8 @@ class Site:
     def __init__(self, home: Path, load: Loader, own: Own, device: torch.device, policy: Policy = Policy()) -> None:
         self.home, self._load, self._own, self._device, self.policy = home, load, own, device, policy
         self._rows_facts: dict[str, str] = {}  # the run, and the fingerprint of the rows
+        self._rows_fixed = False  # whether data.json has them
+        self._hashes = b"", b""  # of the terms and of the layout
         self._sent: Counter[str] = Counter()  # bytes by day of UTC
         self._made: defaultdict[str, dict[str, int | str]] = defaultdict(dict)  # by run and work: `contribution_name`
         self._ledger = SiteLedger(home)
@@ -306,6 +308,7 @@ class Site:
                 raise RefusedError("data", f"The data cannot be read: {error}", public=public) from error
             self._check(run, found, data, client)
             self.terms, self.data, self.client = found, data, client
+            self._hashes = digest(found.encode()), layout_hash(self._task.layout)
         rows = required(self.data, "data")
         kept = rows.held_out is None or not self.policy.sends_values
         return int(rows.sizes[client]), 0 if kept else len(required(rows.held_out, "held-out rows"))
@@ -325,13 +328,16 @@ class Site:
                 "the same rows until the run ends.",
                 "the work of earlier rounds belongs to these rows.",
             )
-        self._rows_facts = facts
+        self._rows_facts, self._rows_fixed = facts, False
 
     def fix_rows(self) -> None:
         """Record the rows of the run, before the first work."""
+        if self._rows_fixed:
+            return
         content, path = json.dumps(self._rows_facts).encode(), self.home / "data.json"
         if not path.exists() or path.read_bytes() != content:
             atomic_write(path, content, 0o600)
+        self._rows_fixed = True
 
     def number(self, numbers: Numbers) -> Place:
         """The own place, if the relay of this site reports that the run has none for it.
@@ -393,10 +399,10 @@ class Site:
         Raises:
             RefusedError: it may not.
         """
-        terms, whole = required(self.terms, "terms"), required(self._task, "task")
-        if self._name(work, model, work.attempt) != work.work or work.input != digest(terms.encode()):
+        terms = required(self.terms, "terms")
+        if self._name(work, model, work.attempt) != work.work or work.input != self._hashes[0]:
             raise RefusedError("changed", "The name of the work is not that of its content.", "the work of this run.")
-        if layout_hash(whole.layout) != work.layout:
+        if self._hashes[1] != work.layout:
             raise RefusedError(
                 "layout",
                 f"The model {terms.model!r} has another layout at this site.",
@@ -610,6 +616,8 @@ class Site:
 
     def absence(self) -> tuple[LeaveCode, float] | None:
         """Why the policy keeps this site away now, and for how many seconds; None if it does not."""
+        if self.policy.hours is None and self.policy.bytes_per_day is None:
+            return None
         return self.policy.absence(datetime.now().astimezone(), self._sent[datetime.now(UTC).date().isoformat()])
 
     def try_step(self) -> dict[str, Any]:
