@@ -556,3 +556,24 @@ def test_a_sum_that_is_never_committed_keeps_no_sums_in_memory_and_ends_with_the
     relay._end_earlier(structs.replace(order, round=9))  # the root has committed it, and settles it again
     assert len(relay.chain.prepared) == 1
     relay.close()
+
+
+def test_a_refusal_ends_a_client_although_its_channel_ends_before_its_thread_is_free(tmp_path, monkeypatch):
+    settings = {"model": "softmax", "recipe": "fedavg(lr=0.5)", "plan__aggregator": "Median()", "rounds": 1}
+    server = Hosted(tmp_path / "server", {**settings, "clients": 1})
+    server.wait("run")
+    enter, ended = Relay.enter, threading.Event()
+
+    def slow(relay, *args):
+        enter(relay, *args)
+        ended.wait(0.5)  # the root has closed the channel
+
+    monkeypatch.setattr(Relay, "enter", slow)
+    at = ServerHome.open(tmp_path / "server", serve=False)
+    made = Relayed(at.invite("ward", None, None, 1, relay=1).text(), tmp_path / "ward")
+    at.close()
+    made.thread.join(60)
+    assert isinstance(made.codes["code"], UsageError)
+    assert [event["event"] for event in made.events].count("connected") == 1, made.events
+    client(server.tokens("site")[0], tmp_path / "site", [])
+    assert server.run().rounds == 1

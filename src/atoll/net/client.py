@@ -366,6 +366,7 @@ class _Channel:
         self._loop = asyncio.get_running_loop()
         self._failure: asyncio.Future[None] = self._loop.create_future()
         self._run: str | None = None
+        self._is_over = False  # after the `Bye` that ends the run or refuses this client
         self._leases: dict[bytes, wire.Lease] = {}
         self._answering = asyncio.Lock()
         self._step_cap = wire.MAX_STEP if client.sum is not None else 0
@@ -394,12 +395,16 @@ class _Channel:
     async def _read(self) -> None:
         """Handle frames in their order. Nothing here waits for the thread of the site, so that pings are answered."""
         async for frame in self.channel:
+            if frame.type is aiohttp.WSMsgType.ERROR and self._is_over:
+                return
             if frame.type is aiohttp.WSMsgType.ERROR:  # no pong, or a connection that ended within a frame
                 raise aiohttp.ClientConnectionError(_reason(frame.data))
             if frame.type is not aiohttp.WSMsgType.BINARY:
                 raise RunError("The server sent a frame of another kind.", "binary frames.")
             self._handle(wire.decode_down(frame.data, self._step_cap))
             self.client._tries.reset()
+        if self._is_over:
+            return  # `_bye` ends the connection, once the thread of the site is free
         raise aiohttp.ClientConnectionError("the server closed the channel")
 
     async def _send(self, message: wire.Up) -> None:
@@ -439,7 +444,8 @@ class _Channel:
                     self.client._dropped.add(work)
                     self._later(compute(self.site.chain.drop, work))
             case wire.Bye(retry_s=retry, code=code):
-                self.client._over = code in ("done", "failed") or retry is None
+                self.client._wait = retry  # also if the channel ends before `_bye` is called
+                self._is_over = self.client._over = code in ("done", "failed") or retry is None
                 self._later(self._bye(message))
             case _:
                 pass
