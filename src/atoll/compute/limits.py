@@ -20,8 +20,9 @@ SERIAL_PRODUCTS = 1 << 21
 NATIVE_READ_AHEAD = 1 << 22
 
 # Bytes for each thread of the lanes whose step is finished together, while they are in a cache, if the step has
-# momentum or a pull. Case: benchmarks/corrections.py. Machine: EPYC, with 512 KiB and 32 MiB of cache.
-STEP_BYTES = 1 << 20
+# momentum or a pull. Case: benchmarks/corrections.py. Machine: EPYC, with 1 MiB and 32 MiB of cache: with 1 MiB rounds
+# with a pull take 2 to 4 % longer, since the blocks cost more calls.
+STEP_BYTES = 4 << 20
 
 # Numbers that are read at once for several steps of fused layers, lanes or loop. Case: benchmarks/simulation.py.
 # Machine: not recorded.

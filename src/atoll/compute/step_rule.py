@@ -86,11 +86,12 @@ class StepRule(NamedTuple):
             y: the models `[k, d]`.
         """
         constant = self.constant()
-        if self.mu:
-            g = torch.add(g, y, alpha=self.mu)
-        if constant is None:
-            return g
-        return g + (constant if constant.dim() == 1 else constant[: len(g)])
+        if constant is not None and constant.dim() == 2:
+            constant = constant[: len(g)]
+        if not self.mu:
+            return g if constant is None else g + constant
+        pulled = torch.add(g, y, alpha=self.mu)
+        return pulled if constant is None else pulled.add_(constant)
 
     def gradient_weights(self, steps: int) -> list[float]:
         """|a| after 0, 1, …, `steps` steps: y₀ − y_K = lr·Σ aₜ∇ℓ(yₜ) + …, and |a| = Σ aₜ.
