@@ -453,8 +453,8 @@ def test_ctrl_c_twice_while_memory_moves(tmp_path, whole, monkeypatch, at):
     """The second Ctrl-C arrives during the commit of a round, when some rows of client memory are already new."""
     put, calls = Memory.put, []
 
-    def interrupted(memory, ids, rows):
-        put(memory, ids, rows)
+    def interrupted(memory, ids, rows, owned=""):
+        put(memory, ids, rows, owned)
         calls.append(ids)
         if len(calls) == at:
             twice()
