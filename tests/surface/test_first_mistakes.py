@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from problems import classification
+from torch.utils.data import DataLoader, TensorDataset
 
 import atoll
 from atoll import recipes
@@ -131,3 +133,32 @@ def test_the_check_of_engines_closes_each():
     with pytest.raises(Nonconformity):
         check_engine(Counting)
     assert len(made) > 2 and set(map(id, made)) == set(map(id, closed)) and len(made) == len(closed)
+
+
+ROWS = TensorDataset(torch.rand(40, 3), torch.arange(40) % 4)
+
+
+@pytest.mark.parametrize(
+    ("data", "source"),
+    [
+        (ROWS, "atoll.data.dataset(data)"),
+        (DataLoader(ROWS, batch_size=5), "atoll.data.dataset(data.dataset)"),
+        (ROWS.tensors, "atoll.data.arrays(*data)"),
+        (atoll.data.dataset(ROWS), "data"),
+        ("wine", 'atoll.data.load("wine")'),
+    ],
+)
+def test_data_of_torch_before_a_split(data, source):
+    with pytest.raises(UsageError, match="clients: a data set that was split") as error:
+        atoll.train("softmax", data, PLAN, rounds=1, out=None)
+    assert error.value.line == f"{source}.split(10)"
+    clients = eval(error.value.line, {"atoll": atoll, "data": data})
+    assert atoll.train("softmax", clients, PLAN, rounds=1, out=None, progress="none").rounds == 1
+
+
+def test_a_metric_of_two_classes_has_its_own_error():
+    data = atoll.data.dataset(ROWS).split(2)
+    with pytest.raises(UsageError) as error:
+        atoll.train("softmax", data, PLAN, rounds=1, out=None, metrics=["f1"])
+    assert error.value.given.startswith("The metric 'f1' was computed for 4 classes")
+    assert error.value.line == 'metrics="macro_f1"'

@@ -286,8 +286,22 @@ _CONCEPTS: Mapping[str, Callable[[Any], Concept]] = {
     "dirichlet": _partition(lambda alpha: f"Dirichlet({_number(alpha) or 0.3!r})"),
     "iid": _partition(lambda _: "IID()"),
     "sweep": lambda _: Concept(
-        "atoll has no sweep over settings; atoll lr searches the learning rate.",
-        Line('for lr in (0.03, 0.1): atoll.train("mlp", data, f"fedavg({lr})")', "atoll lr"),
+        "a sweep tries several values of settings.",
+        Line(
+            'atoll.sweep(experiment, {"plan.local.optimizer.lr": [0.03, 0.1]})',
+            'atoll sweep experiment.toml --over "plan.local.optimizer.lr=[0.03, 0.1]"',
+        ),
+    ),
+    **dict.fromkeys(
+        ("callbacks", "callback", "loggers", "logger"),
+        lambda _: Concept(
+            "observers is an argument of train.",
+            Line("observers=[lambda report: print(report.round, report.metrics)]", "--track tensorboard"),
+        ),
+    ),
+    **dict.fromkeys(
+        ("fraction", "fraction_fit", "participation"),
+        lambda _: Concept("cohort is the number of clients in a round.", _recipe("fedavg(lr=0.1, cohort=10)")),
     ),
     "gpu": lambda _: Concept("the device is a setting of the training.", Change("device", "cuda")),
     **{name: _metric(name) for name in ("accuracy", "auc", "f1", "r2", "mae", "rmse")},

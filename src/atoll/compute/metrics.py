@@ -198,6 +198,8 @@ class Metric:
         try:
             found = self.finish(total, rows)
             return found if isinstance(found, Tensor) and found.numel() != 1 else float(found)
+        except UsageError:
+            raise
         except Exception as error:
             raise self._raised("finish", error) from error
 

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from atoll import models
 from atoll.base.concepts import part_for
@@ -957,22 +958,33 @@ def _refuse_other(data: object, plan: object, settings: Settings) -> None:
             Line('atoll.data.load("digits").split(10)'),
         )
     if not isinstance(data, (Clients, Schema)):
-        source = (
-            "data"
-            if isinstance(data, Source)
-            else f"atoll.data.load({literal(data if isinstance(data, str) else 'digits')})"
-        )
         raise UsageError(
             f"data is {data!r:.60}.",
             "clients: a data set that was split.",
             "a training needs the rows of each client.",
-            Line(f"{source}.split(10)"),
+            Line(f"{_source_of(data)}.split(10)"),
         )
     if not isinstance(plan, Plan):
         name = plan.__name__ if isinstance(plan, FunctionType) else ""
         own = f"Plan({part_for('local', plan)}, Mean())" if part_for("local", plan).startswith("Custom") else ""
         line = f"atoll.recipes.{name}(0.1)" if name in {r.__name__ for r in RECIPES} else own
         raise UsageError(f"plan is {plan!r:.60}.", "a plan.", write=Line(line or "atoll.recipes.fedavg(0.1)"))
+
+
+def _source_of(data: object) -> str:
+    """The text of the source that data of another library make."""
+    match data:
+        case Source():
+            return "data"
+        case str():
+            return f"atoll.data.load({literal(data)})"
+        case DataLoader():
+            return "atoll.data.dataset(data.dataset)"
+        case Dataset():
+            return "atoll.data.dataset(data)"
+        case (_, _):  # features and targets
+            return "atoll.data.arrays(*data)"
+    return 'atoll.data.load("digits")'
 
 
 def refuse_other_input(folder: Path, ours: Input) -> None:
