@@ -62,8 +62,11 @@ docs: .venv/.docs ## build the pages into docs/_build, and dist/atoll-docs.zip w
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build
 	$(PY) -c 'import shutil; shutil.make_archive("dist/atoll-docs", "zip", "docs/_build")'
 
-bench: .venv/.dev ## run the programs in benchmarks/, one after the other
-	@set -e; for file in benchmarks/*.py; do [ -f "$$file" ] || continue; echo "== $$file"; $(PY) "$$file"; done
+# `benchmarks/short.txt` has a program and its arguments in each line, which take at most two minutes. Some programs take hours
+# with their own settings: `python benchmarks/NAME.py --help` describes them.
+bench: .venv/.dev ## run the programs in benchmarks/ with short settings, some minutes in all
+	@mkdir -p build; failed=0; while read -r line; do echo "== $$line"; \
+	$(PY) benchmarks/$$line </dev/null || failed=1; done <benchmarks/short.txt; exit $$failed
 
 setup-faces: .venv/.faces ## install the extras of the page, notebooks, trackers and Hugging Face, and playwright
 

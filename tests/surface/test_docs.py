@@ -273,3 +273,14 @@ def test_pictures_are_there_and_small(page):
     for name in re.findall(r"\((pictures/[\w/-]+\.\w+)\)|\} (pictures/[\w/-]+\.\w+)", page.read_text(encoding="utf-8")):
         file = page.parent / "".join(name)
         assert file.stat().st_size < 60_000, file.name
+
+
+def test_make_bench_runs_each_benchmark_with_short_settings():
+    """Without arguments some benchmarks take hours. `trainings.py` is a part of `bits.py`."""
+    lines = (ROOT / "benchmarks" / "short.txt").read_text().splitlines()
+    programs = {p.name for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text()} - {"trainings.py"}
+    assert [line.split()[0] for line in lines] == sorted(programs)
+    for line in lines:
+        name, *words = line.split()
+        flags = [word for word in words if word.startswith("--")]
+        assert len(words) and all(f'"{flag}"' in (ROOT / "benchmarks" / name).read_text() for flag in flags), line
