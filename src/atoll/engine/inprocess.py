@@ -35,7 +35,7 @@ from atoll.plan.codec import Identity
 from atoll.plan.in_flight import Flight, split_repeats
 from atoll.plan.plan import Plan
 from atoll.plan.protocols import Aggregator, Broadcast, Cohort, Population, Tensors
-from atoll.plan.round import Gathered
+from atoll.plan.round import Gathered, read_only_memory
 from atoll.plan.state import State
 
 Assign = Callable[[Tensor], Tensor]
@@ -148,7 +148,7 @@ class InProcessEngine(Engine):
                 rehearse(plan, state, results, runner.fold.sent, lost)
             if self.reduce is not None:
                 results = self.reduce(plan.aggregator, results, first, trouble)
-        return gathered(plan, state, flown, results, self.room, keep)._replace(fresh=True)
+        return gathered(plan, state, flown, results, self.room, keep)._replace(owned=read_only_memory(plan))
 
     @contextlib.contextmanager
     def _tuned(self, plan: Plan, task: Task, arrived: list[Flight], cohort: Cohort) -> Iterator[float]:

@@ -121,7 +121,7 @@ class Gathered(NamedTuple):
     trips: tuple[FlightTimes, ...] = ()
     notes: tuple[str, ...] = ()  # messages to print once
     kept: tuple[Kept, ...] = ()  # the contributions that the caller requested, by version, repeat and client
-    fresh: bool = False  # no other object uses the tensors of `memory`, so the store needs no copy
+    owned: str = ""  # begins the names of the tensors of `memory` that no other object uses; "": none
     void: bool = False  # no secure sum, because the server was killed after clients had opened their masks
 
 
@@ -302,9 +302,8 @@ def step(plan: Plan, state: State, engine: Engine) -> tuple[State, Report]:
     opened = open_round(plan, state, engine)
     gathered = enough(plan, opened, engine.gather(plan, opened.state, opened.cohort, opened.key))
     closed = close_round(opened, gathered)
-    owned = read_only_memory(plan) if gathered.fresh else ""
     for ids, rows in gathered.memory:
-        state.memory.put(ids, rows, owned)
+        state.memory.put(ids, rows, gathered.owned)
     return closed.state, closed.report
 
 
