@@ -17,7 +17,7 @@ import numpy as np
 from cryptography import x509
 
 from atoll.net import identity, wire
-from atoll.net.client import BACKENDS, own_versions
+from atoll.net.client import BACKENDS, own_versions, pieces_of, read_hashed
 from atoll.net.home import ServerHome
 from atoll.net.loop import run_loop
 
@@ -128,8 +128,8 @@ class Load:
     ) -> None:
         if isinstance(work.model, wire.Blob):
             async with session.get(f"/v1/blobs/{work.model.hash.hex()}", ssl=context) as answer:
-                data = await answer.read()
-            if wire.digest(data) != work.model.hash:
+                _, found = await read_hashed(answer, work.model.length)
+            if found != work.model.hash:
                 raise ValueError("the server sent other bytes than it announced")
         body = self.body(length)
         self.working += 1
@@ -140,9 +140,11 @@ class Load:
         else:
             sent = wire.Sent(work.work, work.lease, None, len(body), wire.digest(body))
             await channel.send_bytes(wire.encode_frame(sent))
-            headers = {"Content-Range": f"bytes 0-{len(body) - 1}/{len(body)}"}
+            headers = {"Content-Range": f"bytes 0-{len(body) - 1}/{len(body)}", "Content-Length": str(len(body))}
             path = f"/v1/messages/{work.work.hex()}"
-            async with session.put(path, data=body, headers=headers, ssl=context, expect100=True) as answer:
+            async with session.put(
+                path, data=pieces_of(memoryview(body)), headers=headers, ssl=context, expect100=True
+            ) as answer:
                 await answer.read()
         self.answered += 1
 

@@ -152,7 +152,7 @@ def test_faults_of_a_link_change_no_bit(tmp_path, monkeypatch):
 
 
 def test_a_crowded_server_keeps_no_connection_of_a_long_upload(tmp_path, monkeypatch):
-    for name, value in {"MANY": -1, "HASH_APART": 0, "SHORT_PIECE": 1000}.items():
+    for name, value in {"MANY": -1, "LONG": 0, "HASH_STEP": 1000, "SHORT_PIECE": 1000}.items():
         monkeypatch.setattr(server, name, value)
     ended, close = [], web.Response.force_close
     monkeypatch.setattr(web.Response, "force_close", lambda answer: ended.append(answer.status) or close(answer))

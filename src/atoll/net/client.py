@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import io
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -215,12 +217,27 @@ async def _stay_alive() -> None:
 
 async def _body(answer: aiohttp.ClientResponse, most: int) -> bytes:
     """The body of an answer, at most `most` bytes."""
-    data = bytearray()
-    async for chunk in answer.content.iter_chunked(1 << 16):
-        data += chunk
-        if len(data) > most:
+    data, _ = await read_hashed(answer, most)
+    return data
+
+
+async def read_hashed(answer: aiohttp.ClientResponse, most: int) -> tuple[bytes, bytes]:
+    """The body of an answer and its SHA-256, which is computed while the bytes arrive.
+
+    Args:
+        answer: the answer.
+        most: the most bytes of its body.
+    Raises:
+        RunError: the body is longer.
+    """
+    body, length, hash = io.BytesIO(), 0, sha256()  # its value is not copied
+    async for piece in answer.content.iter_any():
+        length += len(piece)
+        if length > most:
             raise RunError(f"The server sent more than {most} bytes.", "a shorter answer.")
-    return bytes(data)
+        hash.update(piece)
+        body.write(piece)
+    return body.getvalue(), hash.digest()
 
 
 async def pause(seconds: float) -> None:
@@ -689,7 +706,7 @@ class _Channel:
         body = memoryview(message)[start:]
         headers["Content-Length"] = str(len(body))
         async with self.session.put(
-            path, data=_pieces(body), headers=headers, ssl=self.context, expect100=True
+            path, data=pieces_of(body), headers=headers, ssl=self.context, expect100=True
         ) as answer:
             await _body(answer, 1 << 16)
             if answer.status not in (200, 409, 410, 413, 422, 424, 429):
@@ -713,8 +730,8 @@ class _Channel:
         async with self.session.get(f"/v1/blobs/{blob.hash.hex()}", ssl=self.context) as answer:
             if answer.status != 200:
                 raise aiohttp.ClientConnectionError(f"a blob was answered with {answer.status}")
-            data = await _body(answer, blob.length)
-        if len(data) != blob.length or wire.digest(data) != blob.hash:
+            data, hash = await read_hashed(answer, blob.length)
+        if len(data) != blob.length or hash != blob.hash:
             raise RunError("The server sent other bytes than it announced.", "bytes with the announced hash.")
         return data
 
@@ -736,7 +753,7 @@ class _Channel:
 BACKENDS: Any = ("compiled", "fused", "lanes", "loop")
 
 
-async def _pieces(body: memoryview) -> AsyncIterator[memoryview]:
+async def pieces_of(body: memoryview) -> AsyncIterator[memoryview]:
     """A long body in pieces, so that pings and other messages are not held up while it is written."""
     for start in range(0, len(body), _PIECE):
         yield body[start : start + _PIECE]

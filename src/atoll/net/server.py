@@ -32,9 +32,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from aiohttp import WSMsgType, web
 
 from atoll.base.errors import UsageError
@@ -64,7 +66,8 @@ FLOOR = 10 << 10
 GUARD_S = 0.5  # between two looks at the open connections
 PROGRESS_S = 0.5  # between two reports of the progress of an upload
 ROTATED_S = 86400.0  # between two certificates of a running server
-HASH_APART = 1 << 20  # a longer message is hashed in another thread, so that the loop goes on
+LONG = 1 << 20  # bytes of an upload whose buffers a crowded server does not keep
+HASH_STEP = 4 << 20  # bytes of an upload that another thread hashes at a time, so that the loop goes on
 _INSTITUTION = (
     "The server has certificates of an institution, and knows no client by this one.",
     "a certificate whose alternative name `atoll invite NAME --san VALUE` has recorded.",
@@ -798,7 +801,6 @@ class Listener:
         finally:
             timer.cancel()
             give()
-            self._transferred()
 
     async def _offset(self, request: web.BaseRequest, work: bytes) -> web.Response:
         client, _ = self._peer(request)
@@ -832,21 +834,19 @@ class Listener:
             if code is not None:
                 return web.Response(status=wire.HTTP_STATUS.get(code, 429), text=code)
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n") if _expects(request) else None
-            partial = self._partial.get(work) or self._partial.setdefault(work, _Partial(bytearray(total)))
+            partial = self._partial.get(work) or self._partial.setdefault(
+                work, _Partial(np.empty(total, np.uint8).data)
+            )
             upload.decided = asyncio.get_running_loop().create_future()
             await self._read_body(upload, partial)
             self._partial.pop(work, None)
-            data = partial.data
+            hash, data = await partial.digest(), partial.data
             del partial
-            if total > HASH_APART:
-                hash = await asyncio.get_running_loop().run_in_executor(None, wire.digest, data)
-            else:
-                hash = wire.digest(data)
             self._event(events.Uploaded(upload.number, hash, data))
             del data
             code = upload.decided.result() if upload.decided.done() else await asyncio.wait_for(upload.decided, 10)
             done = web.Response(status=wire.HTTP_STATUS.get(code, 429), text=code)
-            if total > HASH_APART and self._is_crowded():
+            if total > LONG and self._is_crowded():
                 self._transferred()
                 done.force_close()  # it has the buffers of a long upload, which idle connections would keep
             return done
@@ -863,7 +863,7 @@ class Listener:
 
     async def _read_body(self, upload: _Upload, partial: _Partial) -> None:
         """Read the rest of a message. The coordinator ends an upload without progress (`_settle_upload`)."""
-        upload.reading, view, total, clock = True, memoryview(partial.data), len(partial.data), time.monotonic
+        upload.reading, view, total, clock = True, partial.data, len(partial.data), time.monotonic
         reported = clock()
         due, least, sent = reported + BODY_S, partial.filled + FLOOR, partial.filled
         while partial.filled < total:
@@ -880,6 +880,8 @@ class Listener:
                 raise web.HTTPRequestEntityTooLarge(max_size=total, actual_size=end)
             view[partial.filled : end] = piece
             partial.filled = end
+            if end - partial.hashed >= HASH_STEP:
+                partial.hash_on()
             if now - reported >= PROGRESS_S:  # the coordinator waits for longer, and a fast upload has many pieces
                 self._event(events.UploadProgress(upload.number, end - sent))
                 reported, sent = now, end
@@ -928,10 +930,30 @@ class _EndedError(Exception):
 
 @dataclass(eq=False)
 class _Partial:
-    """The bytes of an upload that have arrived, in a buffer of its length."""
+    """The bytes of an upload that have arrived, in a buffer of its length, and the SHA-256 of the first of them."""
 
-    data: bytearray
+    data: memoryview
     filled: int = 0
+    hashed: int = 0
+    hash: Any = field(default_factory=sha256)
+    hashing: asyncio.Future[None] | None = None
+
+    def hash_on(self) -> None:
+        """Hash what has arrived in another thread, unless it still hashes earlier bytes."""
+        if self.hashing is None or self.hashing.done():
+            fresh, self.hashed = self.data[self.hashed : self.filled], self.filled
+            self.hashing = asyncio.get_running_loop().run_in_executor(None, self.hash.update, fresh)
+
+    async def digest(self) -> bytes:
+        """The SHA-256 of all bytes."""
+        while self.hashing is not None and self.hashed < self.filled:
+            await asyncio.wait([self.hashing])
+            self.hash_on()
+        if self.hashing is None:
+            self.hash.update(self.data)
+        else:
+            await self.hashing
+        return bytes(self.hash.digest())
 
 
 @dataclass(eq=False)
