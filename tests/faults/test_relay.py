@@ -508,7 +508,7 @@ def test_a_client_with_too_many_rows_costs_its_relay_only_this_client(tmp_path, 
     (numbers,) = {one.numbers for one in sent}
     assert [(place.client, place.code) for place in numbers.places] == [(0, ""), (1, "rows"), (2, "rows")]
     assert engine._rows == {0: 20} and numbers.rules.max_rows == 20
-    assert events == [("present", 0), ("refused", "rows"), ("refused", "rows")]
+    assert events == [("present", 0), ("refused", "rows")]  # one line for both, and none for the same report again
     engine._reported(wire.RELAYS, (wire.Leaf("north", 19, 0),))  # other rows than before
     assert sent[-1].numbers.places == (wire.Place("north", 0, "rows"),) and engine._rows == {0: 20}
     engine.close()
@@ -520,8 +520,10 @@ def test_a_relay_has_no_more_clients_than_its_invitation_states(tmp_path, monkey
     engine._reported(wire.RELAYS, hostile)
     places = sent[-1].numbers.places
     assert [place.code for place in places] == ["", "", *["places"] * 6] and engine._rows == {0: 1, 1: 1}
-    assert events.count(("refused", "places")) == 6
-    engine._reported(wire.RELAYS, hostile[2:])  # it names others
+    assert events.count(("refused", "places")) == 1
+    for i in range(40):
+        engine._reported(wire.RELAYS, tuple(wire.Leaf(f"x-{i}-{k}", 1, 0) for k in range(9)))  # it names others
+    assert sum(map(len, engine._relays.refused.values())) == 9
     assert all(place.code for place in sent[-1].numbers.places)
     engine.home.invite("ward", None, None, 1, relay=3)
     engine._reported(wire.RELAYS, hostile)
@@ -555,6 +557,23 @@ def test_a_sum_that_is_never_committed_keeps_no_sums_in_memory_and_ends_with_the
         relay.chain.settle((order.work,))
     relay._end_earlier(structs.replace(order, round=9))  # the root has committed it, and settles it again
     assert len(relay.chain.prepared) == 1
+    relay.close()
+
+
+def test_a_client_that_its_relay_does_not_know_costs_only_itself(tmp_path):
+    home = ServerHome.open(tmp_path)
+    home.database.put("address", "127.0.0.1:1")
+    home.database.put("relay", "1")
+    home.invite("north", None, None, 1)
+    home.database.renumber({"north": 0})
+    home.database.record_rows(0, 3, 0, bytes(32))
+    relay = Relay(home, tmp_path, Server(str(tmp_path)), {}, lambda facts: None)
+    handled, form = [], SimpleNamespace(shortest=0, longest=9)
+    relay.net.handle = lambda *given: handled.extend(given)
+    starts = wire.Start(0, 0), wire.Start(1, 0)
+    gathering = relay._begin(work(), b"model", None, starts, Plan(Gradient(), Mean()), form)
+    assert [event.client for event in handled] == [0] == [gathering.starts[name].client for name in gathering.open]
+    assert [(one.client, one.code) for one in gathering._lost] == [(1, "rows")]
     relay.close()
 
 

@@ -351,10 +351,10 @@ class ServerEngine(Engine):
         numbers = database.number_leaves(name, names, self.spec.clients)
         rules = self.net.coordinator.limits.rules(required(self.spec.clients, "clients"), database.leaves(name))
         places = tuple(self._place(relay, *pair) for pair in zip(numbers, leaves, strict=True))
-        for place in places:
-            if self._relays.is_new(f"{name}/{place.name}", place.code):
-                reason = f"{name}/{place.name}: {rules.refusal(place)}"
-                self.notify({"event": "refused", "client": relay, "code": place.code, "reason": reason})
+        for code, refused in self._relays.refuse(relay, places):
+            others = f" and {len(refused) - 1} others" if len(refused) > 1 else ""
+            reason = f"{name}/{refused[0].name}{others}: {rules.refusal(refused[0])}"
+            self.notify({"event": "refused", "client": relay, "code": code, "reason": reason})
         return self.net.handle(events.Numbered(relay, wire.Numbers(places, int(self._memory), rules)))
 
     def _place(self, relay: int, number: int, leaf: wire.Leaf) -> wire.Place:

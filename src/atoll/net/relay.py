@@ -358,9 +358,10 @@ class Relay:
             wire.work_id(self._run, work.kind, one.client, work.version, one.repeat, work.plan, hash): one
             for one in starts
         }
-        if missing := [one.client for one in starts if not rows.get(one.client)]:
-            raise RefusedError("rows", f"Client {missing[0]} is no client of this relay with rows.")
         gathering = Gathering(work, names, plan, form, rows)
+        for name, one in names.items():
+            if not rows.get(one.client):
+                gathering.lose(name, "rows", f"Client {one.client} is no client of this relay with rows.")
         with self._changed:
             self._gatherings[work.work] = gathering
         assigned = [
@@ -373,6 +374,7 @@ class Relay:
                 form.longest,
             )
             for name, one in names.items()
+            if name in gathering.open
         ]
         net.handle(*assigned)
         return gathering

@@ -5,15 +5,16 @@ Tests: tests/faults/test_relay.py
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 from atoll.base.errors import UsageError
 from atoll.base.lines import Line
 from atoll.net import coordinator as events
 from atoll.net.partial import PartialForm, Received, read_answers
 from atoll.net.store import ClientRecord
-from atoll.net.wire import MAX_HEADER, RELAYS, Start, Work
+from atoll.net.wire import MAX_HEADER, RELAYS, Place, PlaceCode, Start, Work
 from atoll.plan.form import Buffer
 from atoll.plan.in_flight import Flight
 from atoll.plan.message import MessageForm
@@ -73,21 +74,22 @@ class Relays:
         open: the open works, by name.
         flights: flights below relays whose work has not been sent yet.
         noted: whether a report has the note about relays.
-        refused: the code of each client of a relay that takes no part, by name.
+        refused: the places of clients that take no part, of the last report of each relay, by their code.
     """
 
     of_leaf: dict[int, int] = field(default_factory=dict)
     open: dict[bytes, RelayWork] = field(default_factory=dict)
     flights: list[Flight] = field(default_factory=list)
     noted: bool = False
-    refused: dict[str, str] = field(default_factory=dict)
+    refused: dict[tuple[int, str], tuple[Place, ...]] = field(default_factory=dict)
 
-    def is_new(self, name: str, code: str) -> bool:
-        """Whether a client takes no part for another reason than in the last report of its relay."""
-        before = self.refused.pop(name, "")
-        if code:
-            self.refused[name] = code
-        return bool(code) and code != before
+    def refuse(self, relay: int, places: Sequence[Place]) -> Iterator[tuple[str, tuple[Place, ...]]]:
+        """The clients of a relay that take no part, by code, if they are others than in its last report."""
+        for code in get_args(PlaceCode):
+            found = tuple(place for place in places if place.code == code)
+            if found and found != self.refused.get((relay, code)):
+                yield code, found
+            self.refused[relay, code] = found
 
     @classmethod
     def of(cls, clients: Iterable[ClientRecord]) -> Relays:
