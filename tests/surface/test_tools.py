@@ -17,7 +17,7 @@ from atoll import recipes, rounds
 from atoll.base import grammar
 from atoll.base.errors import RunError, UsageError
 from atoll.base.random import Key
-from atoll.cli import output
+from atoll.cli import main, output
 from atoll.data import arrays
 from atoll.plan.aggregate import Mean
 from atoll.plan.local import Custom
@@ -435,3 +435,27 @@ def test_each_failing_check_has_a_fix(tmp_path, monkeypatch):
     assert all(check.fix for check in failed.values())
     assert failed["versions"].fix == 'pip install "torch>=99.0" "no-such-package>=1"'
     assert "NO " in output.format_checks(list(failed.values()))
+
+
+def test_a_client_is_replayed_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{i % 7},{'no' if i % 3 else 'yes'},{('oslo', 'rome')[i % 2]}\n" for i in range(60))
+    (tmp_path / "wards.csv").write_text("a,ill,site\n" + rows)
+    words = "--data wards.csv --target ill --by site --model logistic --rounds 2 --quiet"
+    assert main(["run", *words.split()]) == 0
+    capsys.readouterr()
+    assert main(["replay", "latest", "--round", "1", "--client", "1"]) == 0
+    by_number = capsys.readouterr().out
+    assert main(["replay", "latest", "--round", "1", "--client", "rome"]) == 0
+    assert capsys.readouterr().out == by_number and "client 1 (rome)" in by_number
+    assert main(["replay", "latest", "--round", "1", "--client", "rom"]) == 2
+    assert "--client rome" in capsys.readouterr().err
+
+
+def test_an_export_has_no_suffix_of_another_format(tmp_path):
+    run = train("softmax", small(), recipes.fedavg(0.1), rounds=1, out=tmp_path, report=False)
+    for name in ("model.pt", "model.onnx"):
+        with pytest.raises(UsageError, match="another format") as error:
+            export.export(run.path, "float32", name)
+        assert error.value.write.at("shell") == "--to model.safetensors"
+    assert "times larger than" in export.Exported(tmp_path, "int8", 300, 150).text()

@@ -29,7 +29,7 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("client_id", "client_column", "group", "groups", "group_by", "groupby"), ("by",)),
     **dict.fromkeys(("num_rounds", "n_rounds", "iterations"), ("rounds",)),
     **dict.fromkeys(("label", "labels", "target_column", "y"), ("target",)),
-    **dict.fromkeys(("strategy", "algorithm"), ("recipe",)),
+    **dict.fromkeys(("strategy", "algorithm", "plan"), ("recipe",)),
     **dict.fromkeys(("partition", "partitioner"), ("split",)),
     "dataset": ("data",),
     "random_state": ("seed",),

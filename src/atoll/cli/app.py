@@ -314,7 +314,7 @@ def replay(
     /,
     *,
     round: Annotated[int, Parameter(group=GROUPS[RUNNING], help="Number of the round, from 0.")],
-    client: Annotated[int, Parameter(group=GROUPS[RUNNING], help="Number of the client, from 0.")],
+    client: Annotated[str, Parameter(group=GROUPS[RUNNING], help="Number of the client, from 0, or its name.")],
     nth: Annotated[int, flag(RUNNING, "Number of the contribution, from 0, if several arrived. Default: 0.")] = 0,
     trust: Trust = False,
     out: Out = None,
@@ -328,7 +328,8 @@ def replay(
     """
     from atoll.tools.replay import replay as replayed
 
-    print(replayed(look.find(run, out), round, client, trust, None, nth).text())
+    number = int(client) if client.removeprefix("-").isdecimal() else client
+    print(replayed(look.find(run, out), round, number, trust, None, nth).text())
     return 0
 
 

@@ -8,7 +8,12 @@ from __future__ import annotations
 from typing import get_args
 
 from cyclopts import App, Argument, CycloptsError
-from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnknownOptionError
+from cyclopts.exceptions import (
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+    UnusedCliTokensError,
+)
 
 from atoll.base.concepts import concept, folded, is_concept
 from atoll.base.errors import UsageError, did_you_mean
@@ -31,6 +36,11 @@ def usage_error(error: CycloptsError, app: App) -> UsageError:
         return _unknown_flag(error, help_line)
     if isinstance(error, MissingArgumentError) and error.argument is not None and error.argument.name == "RUN":
         help_line = f"atoll{command} latest" if command in (" show", " resume", " export") else help_line
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        unused = list(map(quoted, error.unused_tokens))
+        words, tags = " ".join(unused), "".join(f" --add {word}" for word in unused)
+        write = f"atoll tag latest{tags}" if command == " tag" else help_line
+        return UsageError(f"{words} has no place in atoll{command}.", write=write)
     return UsageError(str(error).strip(), write=help_line)
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from atoll.base.errors import UsageError, unknown_name
 from atoll.base.files import write_output
-from atoll.base.lines import Change, literal
+from atoll.base.lines import Change, Line, literal
 from atoll.base.random import Key, user_scope
 from atoll.compute.metric_names import direction
 from atoll.engine.inprocess import InProcessEngine
@@ -44,6 +44,7 @@ from atoll.training.rounds import Training, start_from
 
 FORMAT = "atoll export 1"
 DTYPES = ("float32", "bf16", "int8")
+_OTHER = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pt2", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Exported:
 
     def text(self) -> str:
         """Format the result as text: file sizes, metrics before and after, and the tensor that changed most."""
-        lines = [f"{self.path}: {self.dtype}, {self.bytes:,} bytes, {self.ratio:.2f} times smaller than {self.full:,}"]
+        size = f"{self.ratio:.2f} times smaller" if self.ratio >= 1 else f"{1 / self.ratio:.2f} times larger"
+        lines = [f"{self.path}: {self.dtype}, {self.bytes:,} bytes, {size} than {self.full:,}"]
         for name, loss in self.lost.items():
             change = f"{abs(loss):.3g} {'lost' if loss > 0 else 'gained'}" if loss else "nothing lost"
             lines.append(f"{name}: {self.before[name]:.6g} before, {self.after[name]:.6g} after: {change}")
@@ -128,6 +130,13 @@ def export(
             resume_line(folder),
         )
     target = Path(out) if out is not None else folder / f"model-{dtype}.safetensors"
+    if target.suffix in _OTHER:
+        raise UsageError(
+            f"{target} has the suffix of another format.",
+            "a file that ends in .safetensors.",
+            "torch.load reads no safetensors. `--format pt2` and `--format onnx` write a graph.",
+            Line(f'out="{target.with_suffix(".safetensors")}"', f"--to {target.with_suffix('.safetensors')}"),
+        )
     state = load_file(file)
     training = (
         training_in(folder, _python(folder, dtype, out, client), trust=trust, start=False)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from atoll import runs
-from atoll.base.errors import AtollError, RunError, UsageError
-from atoll.base.lines import literal
+from atoll.base.errors import AtollError, RunError, UsageError, unknown_name
+from atoll.base.lines import literal, quoted
 from atoll.base.names import without_prefix
 from atoll.base.random import Key, user_scope
 from atoll.engine.simulation.arrivals import Arrivals, message_bytes, simulate_round
@@ -157,7 +157,7 @@ def _some(values: tuple[float, ...], limit: int = 8) -> str:
 def replay(
     path: str | Path,
     round: int,
-    client: int,
+    client: int | str,
     trust: bool = False,
     training: Training | None = None,
     nth: int = 0,
@@ -167,7 +167,7 @@ def replay(
     Args:
         path: the run folder; it is only read.
         round: the number of the round, from 0. The round in which a run failed is allowed.
-        client: the number of the client, from 0.
+        client: the number of the client, from 0, or its name.
         trust: whether config.toml may name code outside atoll.
         training: the same training before its first round, `atoll.rounds(model, data, plan, …)`, for a run that was
             started from Python; None builds it from config.toml.
@@ -183,13 +183,14 @@ def replay(
             folder,
             lambda training: (
                 "from atoll.tools.replay import replay\n"
-                f"print(replay({literal(near(folder))}, {round}, {client}, training={training}).text())"
+                f"print(replay({literal(near(folder))}, {round}, {client!r}, training={training}).text())"
             ),
             trust=trust,
         )
     else:
         same_data(folder, training)
     _refuse_entropy(training.plan, folder.resolve().name)
+    client = _number_of(folder, training, round, client)
     rows = {row["round"]: row for row in runs.read_rows(folder / "metrics.jsonl") if "round" in row}
     _check_asked(folder, training, rows, round, client)
     start = _checkpoint(folder, training, round)
@@ -256,6 +257,20 @@ def _flights(opened: Opened, flown: Arrivals, training: Training, client: int) -
     elif flown.late and not found and client in opened.cohort.ids.tolist():
         found.append((Flight(client, round, 0, opened.state.air.started), late))
     return sorted(found, key=lambda pair: pair[0].number)
+
+
+def _number_of(folder: Path, training: Training, round: int, client: int | str) -> int:
+    """The number of a client; it may be given by name."""
+    if not isinstance(client, str):
+        return client
+    names = training.data.names or ()
+    if client in names:
+        return names.index(client)
+    words = f"atoll replay {folder.resolve().name} --round {round} --client"
+    if not names:
+        required = f"a number from 0 to {training.data.count - 1}."
+        raise UsageError(f"client = {client!r}, and the clients have no names.", required, write=f"{words} 0")
+    raise unknown_name("client", client, names, lambda near: f"{words} {quoted(near)}")
 
 
 def _check_asked(folder: Path, training: Training, rows: Mapping[int, Any], round: int, client: int) -> None:

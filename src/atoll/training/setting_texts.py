@@ -14,12 +14,13 @@ from typing import Any, get_args
 from atoll.base.concepts import own_model
 from atoll.base.errors import UsageError
 from atoll.base.files import no_such_file
-from atoll.base.lines import Change, Line, quoted
+from atoll.base.lines import Change, Line, literal, quoted
 from atoll.base.validation import plain_number
 
 TEXTS = tuple[str, ...]
 DATA, METHOD, RUNNING, OUTPUT = "Data", "Model and plan", "Running", "Output"
 GROUP_NAMES = (DATA, METHOD, RUNNING, OUTPUT)  # the groups of settings in `atoll run --help`
+_TABLES = (".csv", ".tsv", ".txt", ".parquet", ".xlsx", ".xls", ".gz")
 _YES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _ASKED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", TEXTS: "a list of texts"}
 _EXAMPLE: Mapping[Any, Any] = {int: 10, float: 0.1, bool: True, str: "…", TEXTS: ()}
@@ -33,6 +34,13 @@ def read_toml(file: Path) -> dict[str, Any] | None:
     """
     import tomllib
 
+    if file.suffix.lower() in _TABLES and file.is_file():
+        raise UsageError(
+            f"{file} is a table.",
+            "a TOML file of settings.",
+            "the table is a setting of its own.",
+            Line(f"atoll.data.load({literal(str(file))})", f"atoll run --data {quoted(str(file))}"),
+        )
     try:
         values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
