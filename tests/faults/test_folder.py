@@ -434,6 +434,13 @@ def twice():
     signal.raise_signal(signal.SIGINT)
 
 
+def test_a_refusal_in_the_first_round_leaves_no_run(tmp_path):
+    data = atoll.data.load("digits").split(3)
+    with pytest.raises(UsageError, match="computed for 10 classes"):
+        atoll.train("softmax", data, "fedavg(0.1)", rounds=1, out=tmp_path, metrics=["f1"], progress="none")
+    assert not list(tmp_path.iterdir())
+
+
 def interrupted_twice(tmp_path, **words):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, **words)

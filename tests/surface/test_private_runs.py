@@ -222,3 +222,12 @@ def test_a_chain_in_a_chain_is_one_chain():
     assert nested == AdaptiveClip(start=1.0) >> Noise(1.0)
     with pytest.raises(UsageError, match="not linear"):
         replace(recipes.fedavg(0.1), codec=LowRank(2) >> Clip(1.0))
+
+
+def test_a_ledger_in_a_missing_folder_is_refused_before_the_run_folder(tmp_path):
+    data = atoll.data.load("digits").split(20)
+    plan = atoll.recipes.dp_fedavg(0.5, clip=0.5, noise=2.0, q=0.5)
+    words = {"rounds": 1, "out": tmp_path / "runs", "progress": "none", "budget": 50.0}
+    with pytest.raises(RunError, match="could not be written: No such file"):
+        atoll.train("softmax", data, plan, ledger=str(tmp_path / "absent" / "l.jsonl"), **words)
+    assert not list(tmp_path.iterdir())

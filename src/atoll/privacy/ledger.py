@@ -9,6 +9,7 @@ Tests: tests/faults/test_ledger.py
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -33,7 +34,7 @@ class Ledger:
     Args:
         path: the file; None: the charges stay in memory.
     Raises:
-        RunError: the file was altered, or it cannot be read.
+        RunError: the file was altered, or it cannot be read, or its folder does not exist.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -42,6 +43,9 @@ class Ledger:
         if path is not None and path.exists():
             with self._locked() as file:
                 self._read(file)
+        elif path is not None and not path.absolute().parent.is_dir():
+            with _writing(path):  # before a run folder is made
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     @property
     def rows(self) -> list[dict[str, Any]]:

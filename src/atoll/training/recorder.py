@@ -272,13 +272,17 @@ class Recorder:
 
         No checkpoint is written in two cases: the training already has the state after the failed round, or the user
         pressed Ctrl-C a second time. (The first Ctrl-C lets the round finish.) The run then resumes from its last
-        checkpoint.
+        checkpoint. A refusal in the first round leaves no folder, unless the plan has a budget: its ledger stays.
 
         Args:
             error: the error. A `KeyboardInterrupt` is recorded as "interrupted", any other error as "failed". An error
                 of the disk only interrupts a run whose rounds are in a store.
         """
         if self.folder is None:
+            return
+        new = not (self._recorded or self._resumed or self.store) and self.training.budget is None
+        if new and isinstance(error, UsageError):  # such as a metric of other classes
+            self.refuse(error)
             return
         of_disk = self.store is not None and isinstance(error.__cause__, OSError)
         interrupted = isinstance(error, KeyboardInterrupt) or of_disk
