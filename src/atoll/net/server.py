@@ -52,7 +52,7 @@ from atoll.net.store import ClientRecord, Database, DeniedError, channels_of
 PING_S = 20.0
 MAX_TRIES = 10  # failed enrolments of one address in a minute
 MAX_QUEUED = 4 << 20  # bytes that wait for a client that does not read
-RETURN_EVERY = 16  # ended transfers of a crowded server; each may have freed 256 KiB
+RETURN_EVERY = 8  # ended transfers of a crowded server; each may have freed 256 KiB
 PIECE = 1 << 18
 SHORT_PIECE = 1 << 14  # a record of TLS
 MANY = 64  # connections; beyond, each keeps short buffers
@@ -66,7 +66,7 @@ FLOOR = 10 << 10
 GUARD_S = 0.5  # between two looks at the open connections
 PROGRESS_S = 0.5  # between two reports of the progress of an upload
 ROTATED_S = 86400.0  # between two certificates of a running server
-LONG = 1 << 20  # bytes of an upload whose buffers a crowded server does not keep
+LONG = 1 << 20  # bytes of a message whose buffers a crowded server does not keep
 HASH_STEP = 4 << 20  # bytes of an upload that another thread hashes at a time, so that the loop goes on
 _INSTITUTION = (
     "The server has certificates of an institution, and knows no client by this one.",
@@ -766,6 +766,8 @@ class Listener:
         await answer.prepare(request)
         async with self._turn():
             await self._send_pieces(request, answer, memoryview(data)[start:])
+        if len(data) - start > LONG and self._is_crowded():
+            self._transferred()
         return answer
 
     async def _send_pieces(self, request: web.BaseRequest, answer: web.StreamResponse, view: memoryview) -> None:
