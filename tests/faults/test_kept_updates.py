@@ -58,6 +58,14 @@ def test_a_run_keeps_all_updates_or_none():
     assert _kept(Server("home"), {"keep_updates": True}).keep_updates
 
 
+def test_a_restart_changes_the_limits_that_are_stated():
+    """The cures of deploy.md, such as `--set net.max_rows=700`, act on an unfinished run; its clients stay."""
+    began = {"max_rows": 550, "absent_s": 60.0, "clients": 3, "window": 1 << 20, "share": False}
+    kept = _kept(Server("home", max_rows=700, lease_s=300.0), began)
+    assert (kept.max_rows, kept.lease_s, kept.absent_s, kept.window, kept.share) == (700, 300.0, 60.0, 1 << 20, False)
+    assert kept.clients == 3
+
+
 def test_masked_updates_are_not_kept(tmp_path):
     secure = {"plan.codec": "Clip(1.0)", "plan.aggregator": "Mean(weights='equal', secure=True)"}
     server = Hosted(tmp_path / "server", {"model": "softmax", "clients": 5, **secure}, keep_updates=True)

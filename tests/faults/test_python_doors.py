@@ -65,6 +65,10 @@ def test_a_served_run_has_the_bits_of_train(tmp_path):
             assert report.round == 0
             break
     assert server.run.status == "interrupted"
+    others = settings | {"clients": 4, "held_out": 0.2}
+    with pytest.raises(UsageError, match=r"clients=4, held_out=0\.2, and the run .* is not finished") as error:
+        atoll.serve("softmax", data.input, RECIPE, home=tmp_path / "server", **others)
+    assert "clients=3, held_out=0" in error.value.required
     with atoll.serve("softmax", data.input, RECIPE, home=tmp_path / "server", **settings) as server:
         assert [report.round for report in server.rounds()] == [1, 2]
     sites.wait()

@@ -494,7 +494,7 @@ def encode_frame(message: Message, step_cap: int = 0) -> bytes:
         FrameError: a field is outside its bounds.
     Example:
         >>> encode_frame(Cancel(bytes(16)))[:12].hex()
-        '41544f4c0325000013000000'
+        '41544f4c0425000013000000'
     """
     frame = _frame(message)
     table = next(table for table in _TABLES if type(message) in table.values())

@@ -52,6 +52,8 @@ _COPIED = 1 << 26  # numbers of held-out rows that are copied, so that no train 
 _NEXT = "next.toml"
 NO_TLS = "connections have no TLS: each process of this machine can read and change the messages"
 _OWN = {f.name for f in fields(Server)} - {"home", "listen", "hosts", "drain", "insecure"}
+_DECIDING = ("clients", "split", "seed", "held_out", "min_rows")  # the rows and the clients of a run
+_LIMITS = ("min_clients", "absent_s", "lease_s", "work_s", "step_s", "keys_s", "max_rows", "window", "share")
 
 
 class _Rows:
@@ -476,6 +478,7 @@ def serve(
     plan = plan_from_text(plan) if isinstance(plan, str) else plan
     open_run = unfinished(Path(home))
     if open_run is not None:
+        _refuse_others(spec, open_run[1], open_run[0])
         spec = _kept(spec, {n: v for n, v in open_run[1].items() if n != "schema"})
     made = Settings.from_kwargs({**settings, "engine": spec})
     schema = Schema.of_input(data) if isinstance(data, Input) else Schema.of(data)
@@ -639,7 +642,10 @@ def _chosen(
 
 
 def _kept(spec: Server, stored: Mapping[str, Any]) -> Server:
-    """The settings of the server with which a run began. Its files may move."""
+    """The settings of the server with which a run began. Its files may move.
+
+    A limit that is not the default replaces the stored one: a client that a limit excludes can then return to the run.
+    """
     if spec.keep_updates and not stored.get("keep_updates"):
         raise UsageError(
             "--keep-updates, and the unfinished run began without it.",
@@ -647,9 +653,20 @@ def _kept(spec: Server, stored: Mapping[str, Any]) -> Server:
             "the updates of its first rounds are not on disk, so no model can be computed again.",
             f"atoll serve --home {spec.home}",
         )
-    return replace(
-        spec, **{**{n: v for n, v in stored.items() if n in _OWN}, "files": spec.files or stored.get("files")}
-    )
+    changed = {n: v for n in _LIMITS if (v := getattr(spec, n)) != getattr(Server, n)}
+    own = {n: v for n, v in stored.items() if n in _OWN}
+    return replace(spec, **own | changed | {"files": spec.files or stored.get("files")})
+
+
+def _refuse_others(spec: Server, stored: Mapping[str, Any], name: str) -> None:
+    """Refuse other clients or rows than those of the unfinished run."""
+    other = {n: (getattr(spec, n), stored[n]) for n in _DECIDING if n in stored and getattr(spec, n) != stored[n]}
+    if other:
+        raise UsageError(
+            f"{', '.join(f'{n}={new!r}' for n, (new, _) in other.items())}, and the run {name} is not finished.",
+            f"the settings with which it began: {', '.join(f'{n}={old!r}' for n, (_, old) in other.items())}.",
+            "a federation trains runs one after the other, and a changed run would have the bits of neither.",
+        )
 
 
 def _next(home: Path, spec: Server, trust: bool) -> tuple[Experiment, Server]:
