@@ -6,7 +6,7 @@ WORK, OTHER = bytes(range(16)), bytes(range(16, 32))
 LEASE = wire.Lease(1_800_000_000, 12)
 HASH = bytes(range(32))
 BLOB = wire.Blob(HASH, 70_000)
-RULES = wire.Rules(60.0, 600.0, 86_400.0, 1 << 24, 4, 2)
+RULES = wire.RelayRules(60.0, 600.0, 86_400.0, 1 << 24, 4, 2)
 VERSIONS = wire.Versions("3.11.7", "0.1.0", "2.13.0+cpu", "2.4.6")
 PLAN = "Plan(Train(sgd(0.1), epochs=1, batch=10), Mean(), sgd(1.0))"
 

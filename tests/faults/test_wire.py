@@ -360,7 +360,7 @@ def test_the_page_lists_every_message_field_and_code():
         wire.WireKey,
         wire.Leaf,
         wire.Place,
-        wire.Rules,
+        wire.RelayRules,
         wire.Start,
         wire.Counted,
         wire.Lost,

@@ -82,7 +82,7 @@ from atoll.net.wire import (
     Receipt,
     ReceiptCode,
     Refusal,
-    Rules,
+    RelayRules,
     Seat,
     Sent,
     Settled,
@@ -496,7 +496,7 @@ class Limits:
     burst: float = 4000.0
     max_rows: int = 1 << 24
 
-    def rules(self, clients: int, leaves: int) -> Rules:
+    def rules(self, clients: int, leaves: int) -> RelayRules:
         """These limits for the clients of a relay.
 
         Args:
@@ -505,7 +505,7 @@ class Limits:
         """
         absent = None if self.absent_s is None else min(float(self.absent_s), _LONGEST)
         times = min(float(self.lease_s), _LONGEST), absent, min(float(self.work_s), _LONGEST)
-        return Rules(*times, min(self.max_rows, MAX_ROWS), clients, leaves)
+        return RelayRules(*times, min(self.max_rows, MAX_ROWS), clients, leaves)
 
 
 WorkState: TypeAlias = Literal["waiting", "leased", "expired", "held", "checking", "received"]
@@ -610,7 +610,7 @@ class Coordinator:
     def __init__(self, epoch: int, federation: str, versions: Versions, limits: Limits) -> None:
         self.epoch, self.federation, self.versions, self.limits = epoch, federation, versions, limits
         self.below_relay = False  # whether the clients have their numbers from the root of this relay
-        self._placed = Placed(Numbers((), 0, Rules(0.0, None, 0.0, 0, 1, 0)), {})  # the last one
+        self._placed = Placed(Numbers((), 0, RelayRules(0.0, None, 0.0, 0, 1, 0)), {})  # the last one
         self.in_flight = 0
         self._counter = 0
         self._now = 0.0

@@ -172,7 +172,7 @@ class Place(_Struct, frozen=True):
     code: Literal[""] | PlaceCode
 
 
-class Rules(_Struct, frozen=True):
+class RelayRules(_Struct, frozen=True):
     """The rules of the root for the clients of a relay, which are those for its own clients.
 
     Args:
@@ -373,7 +373,7 @@ class Numbers(_Struct, frozen=True):
 
     places: Annotated[tuple[Place, ...], Meta(max_length=MAX_LEAVES)]
     memory: Annotated[int, Meta(ge=0, le=1)]
-    rules: Rules
+    rules: RelayRules
 
 
 class Gather(_Struct, frozen=True):
