@@ -375,6 +375,8 @@ REFUSED = [
     (lambda: plan_with(Extrapolated(), server=adam(0.1)), "adam"),
     (lambda: plan_with(Extrapolated(), aggregator=Mean(over="expected")), "expected"),
     (lambda: plan_with(Calibrated(0.1) >> Scaffold(), pace=Buffered(2)), "Buffered"),
+    (lambda: plan_with(Normalised(), sends="model", pace=Buffered(2)), "sends='model'"),
+    (lambda: plan_with(Proximal(0.1) >> Normalised(), sends="model", pace=Buffered(2)), "sends='model'"),
 ]
 
 

@@ -242,7 +242,8 @@ class Normalised(CorrectionBase):
     less with `Proximal`.
 
     Raises:
-        UsageError: raised by the plan: the optimizer of the clients is not SGD.
+        UsageError: raised by the plan: the optimizer of the clients is not SGD, or `sends="model"` with an asynchronous
+            pace.
     Example:
         >>> Proximal(0.1) >> Normalised()
         Proximal(0.1) >> Normalised()
@@ -269,7 +270,11 @@ class Normalised(CorrectionBase):
         return total._replace(means={**total.means, "update": update}), server
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
-        return _of_the_round(self, slots)
+        yield from _of_the_round(self, slots)
+        if slots.pace.asynchronous and slots.local.sends == "model":
+            why = "the server adds the change of θ since the client's start, and it would be multiplied by τ."
+            given = f"{self!r} with sends='model' and {slots.pace!r}."
+            yield Conflict(given, "clients that send updates, or Sync().", why, "Sync()")
 
 
 @dataclass(frozen=True, repr=False)
