@@ -138,6 +138,8 @@ class Links:
     def _noting(self, connect: Any) -> Any:
         @functools.wraps(connect)
         async def noting(*args: Any, sock: socket.socket, **kwargs: Any) -> Any:
+            # The loop needs the caller's own socket, so it gets the class in place. A protocol of the caller cannot
+            # report the end: its connection_lost is not called if a TLS handshake was not completed.
             sock.__class__ = self._noted
             self.open[sock] = None
             made = await connect(*args, sock=sock, **kwargs)
