@@ -116,8 +116,7 @@ def combined_and_added(x: Tensor, factors: Tensor, base: Tensor, own: Tensor) ->
         >>> combined_and_added(x, torch.tensor([[0.5]]), torch.tensor([1.0, 0.0]), own)
         (tensor([[2.5000, 2.0000]]), tensor([[3.5000, 3.0000]]))
     """
-    out, after = _combined(x, factors, base, own)
-    return out, after
+    return _combined(x, factors, base, own)
 
 
 def _combined(x: Tensor, factors: Tensor, base: Tensor, own: Tensor | None) -> tuple[Tensor, Any]:

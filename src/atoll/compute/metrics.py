@@ -198,7 +198,7 @@ class Metric:
         try:
             found = self.finish(total, rows)
             return found if isinstance(found, Tensor) and found.numel() != 1 else float(found)
-        except UsageError:
+        except UsageError:  # it already has a line to write
             raise
         except Exception as error:
             raise self._raised("finish", error) from error
@@ -208,7 +208,7 @@ class Metric:
         over_rows = required(self.over_rows, "function over all rows")
         try:
             return float(over_rows(outputs, targets))
-        except UsageError:
+        except UsageError:  # as above
             raise
         except Exception as error:
             raise self._raised("function over all rows", error) from error

@@ -189,7 +189,11 @@ class RelayRules(_Struct, frozen=True):
     leaves: Annotated[int, Meta(ge=0, le=MAX_LEAVES)]
 
     def refusal(self, place: Place) -> str:
-        """The reason for the code of a place, for people."""
+        """The reason for the code of a place, for people.
+
+        Args:
+            place: a place with a code.
+        """
         if place.code == "rows":
             return f"{place.name} needs the rows with which it began the run, and at most {self.max_rows}."
         return f"The run has {self.clients} clients, and at most {self.leaves} of this relay: no place is free."

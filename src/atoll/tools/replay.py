@@ -270,7 +270,7 @@ def _number_of(folder: Path, training: Training, round: int, client: int | str) 
     if not names:
         required = f"a number from 0 to {training.data.count - 1}."
         raise UsageError(f"client = {client!r}, and the clients have no names.", required, write=f"{words} 0")
-    raise unknown_name("client", client, names, lambda near: f"{words} {quoted(near)}")
+    raise unknown_name("client", client, names, lambda name: f"{words} {quoted(name)}")
 
 
 def _check_asked(folder: Path, training: Training, rows: Mapping[int, Any], round: int, client: int) -> None:
