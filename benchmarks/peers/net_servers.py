@@ -105,6 +105,8 @@ def _round(net: Listener, at: ServerHome, round: int, clients: int, down: int, u
     net.handle(*orders)
     accepted = []
     while len(accepted) < clients:
+        net.handle()  # from here on as `ServerEngine` does: one wake for the contributions, none for their receipts
+        net.awaits = clients - len(accepted)
         arrived = [net.inbox.get()]
         while not net.inbox.empty():
             arrived.append(net.inbox.get())
@@ -114,10 +116,11 @@ def _round(net: Listener, at: ServerHome, round: int, clients: int, down: int, u
                 raise action
         new = [action for action in arrived if isinstance(action, events.Deliver)]
         accepted += [Accepted(one.client, round, 0, one.work, None, one.digest, 1) for one in new]
-        net.handle(*(events.Folded(one.work) for one in new))
+        (net.post if up <= wire.MAX_INLINE else net.handle)(*(events.Folded(one.work) for one in new))
+    net.awaits = 0
     state = bytes(4096)
     at.database.commit_round(RoundCommit(RUN, round, version, b"{}", state, (), tuple(accepted), {"round": round}))
-    net.handle(events.Committed(tuple(one.work for one in accepted)))
+    net.post(events.Committed(tuple(one.work for one in accepted)))
     net.keep_blobs({wire.digest(b"terms")})
 
 
