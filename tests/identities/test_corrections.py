@@ -141,6 +141,23 @@ def test_feddyn_reaches_the_optimum():
     assert off(theta(Dynamic(1.0))) < 1e-4
 
 
+def test_feddyn_has_the_digits_of_float64():
+    """gᵢ ← gᵢ − α(θᵢ − θ) at the clients, h ← h + α Σ w u at the server, θ ← θ − Σ w u − h/α, with u = θ − θᵢ."""
+    (curvatures, minima, w), alpha = parts(clients()), 0.5
+    start = next(seeded(lambda: nn.Linear(D, 1, bias=False)).parameters())
+    at, linear, h = start.detach()[0].double(), torch.zeros(len(w), D, dtype=WIDE), torch.zeros(D, dtype=WIDE)
+    for _ in range(4):
+        y = at.expand(len(w), D)
+        for _ in range(STEPS):
+            gradient = (curvatures @ (y - minima)[..., None])[..., 0]
+            y = y - LR * (gradient - linear + alpha * (y - at))
+        u = at - y
+        linear, mean = linear + alpha * u, w @ u
+        h = h + alpha * mean
+        at = at - mean - h / alpha
+    assert off(theta(Dynamic(alpha), rounds=4), at) < 1e-12
+
+
 @pytest.mark.slow
 def test_feddyn_with_some_clients():
     assert off(theta(Dynamic(1.0), rounds=600, cohort=4)) < 1e-6

@@ -69,6 +69,12 @@ def test_the_command_describes_a_table_by_its_clients(tmp_path, capsys):
     assert "178 rows of 1 clients" in shown and "alcohol" in shown and "client   class_0" in shown
 
 
+def test_a_natural_client_with_one_row_is_described():
+    frame = pd.DataFrame({"x": [1.0, 2.0, 30.0], "y": [0.5, 0.25, 0.125], "site": ["north", "north", "solo"]})
+    found = atoll.describe(atoll.data.frame(frame, target="y", by="site"))
+    assert (found.rows, found.clients) == (3, {"north": 2, "solo": 1}) and found.columns[0].mean == 11.0
+
+
 def test_token_ids_are_refused():
     with pytest.raises(UsageError, match="token ids"):
         atoll.describe(tokens((4, 4)))

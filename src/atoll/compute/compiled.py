@@ -165,7 +165,7 @@ def _run(
     clients, d = len(steps[0][1]), theta.shape[-1]
     out, losses, peaks = empty(theta, (clients, d)), theta.new_empty(len(counts)), theta.new_empty(clients, blocks(d))
     work = products(program, features) * len(at)
-    pull, kept = _pull_fields(rule, d)
+    fields, kept = _rule_fields(rule, d)
     job = DescentJob(
         layers=specs.data_ptr(),
         layer_count=len(layers),
@@ -190,12 +190,7 @@ def _run(
         theta=theta.data_ptr(),
         theta_stride=d if theta.dim() == 2 else 0,
         result=result,
-        pulls=not rule.plain,
-        lr=rule.lr,
-        momentum=rule.momentum,
-        nesterov=rule.nesterov,
-        kappa=rule.kappa,
-        **pull,
+        **fields,
         velocity=None if velocity is None else velocity.data_ptr(),
         out=out.data_ptr(),
         losses=losses.data_ptr(),
@@ -216,21 +211,24 @@ def _places_of(steps: list[tuple[int, tuple[int, ...]]]) -> tuple[Tensor, Tensor
     return offsets, count_offsets, sizes[:, 2].contiguous(), sizes[:, 1].contiguous(), counts
 
 
-def _pull_fields(rule: StepRule, d: int) -> tuple[dict[str, Any], list[Tensor]]:
-    """The fields of a job that state the pull of its steps, and the tensors that they point to.
+def _rule_fields(rule: StepRule, d: int) -> tuple[dict[str, Any], list[Tensor]]:
+    """The fields of a job that state the rule of its steps, and the tensors that they point to.
 
     Native code reads the offset of each client where it is, if the other vectors are those of all clients.
     """
+    steps: dict[str, Any] = {"pulls": not rule.plain, "lr": rule.lr, "kappa": rule.kappa}
+    steps |= {"momentum": rule.momentum, "nesterov": rule.nesterov}
     shift, offset, anchor = rule.shift, rule.offset, rule.anchor if rule.mu else None
     if offset is None or offset.dim() == 1 or any(t is not None and t.dim() == 2 for t in (shift, anchor)):
         constant = rule.constant()
         if constant is None:
-            return {}, []
+            return steps, []
         constant = constant.contiguous()
-        return {"constant": constant.data_ptr(), "constant_stride": d if constant.dim() == 2 else 0}, [constant]
+        stride = d if constant.dim() == 2 else 0
+        return steps | {"constant": constant.data_ptr(), "constant_stride": stride}, [constant]
     named = {"constant": shift, "offset": offset, "anchor": anchor}
     kept = {name: t.contiguous() for name, t in named.items() if t is not None}
-    return {"mu": rule.mu, **{name: t.data_ptr() for name, t in kept.items()}}, list(kept.values())
+    return steps | {"mu": rule.mu} | {name: t.data_ptr() for name, t in kept.items()}, list(kept.values())
 
 
 def _check_status(status: int, y: Tensor) -> None:

@@ -153,7 +153,7 @@ def describe(data: Clients | Source) -> Description:
         (178, 'alcohol', 13.0)
     """
     if isinstance(data, Source):
-        data = data.split(None if data.by is not None else 1, held_out=0)
+        data = data.split(None if data.by is not None else 1, held_out=0, min_rows=1)  # also clients with one row
     if isinstance(data.rows, ScaledRows):
         data = _unscaled(data)
     x, y = data.example

@@ -653,18 +653,20 @@ def _kept(spec: Server, stored: Mapping[str, Any]) -> Server:
             "the updates of its first rounds are not on disk, so no model can be computed again.",
             f"atoll serve --home {spec.home}",
         )
-    changed = {n: v for n in _LIMITS if (v := getattr(spec, n)) != getattr(Server, n)}
+    given, usual = vars(spec), {f.name: f.default for f in fields(Server)}
+    changed = {n: given[n] for n in _LIMITS if given[n] != usual[n]}
     own = {n: v for n, v in stored.items() if n in _OWN}
     return replace(spec, **own | changed | {"files": spec.files or stored.get("files")})
 
 
 def _refuse_others(spec: Server, stored: Mapping[str, Any], name: str) -> None:
     """Refuse other clients or rows than those of the unfinished run."""
-    other = {n: (getattr(spec, n), stored[n]) for n in _DECIDING if n in stored and getattr(spec, n) != stored[n]}
+    given = vars(spec)
+    other = [n for n in _DECIDING if n in stored and given[n] != stored[n]]
     if other:
         raise UsageError(
-            f"{', '.join(f'{n}={new!r}' for n, (new, _) in other.items())}, and the run {name} is not finished.",
-            f"the settings with which it began: {', '.join(f'{n}={old!r}' for n, (_, old) in other.items())}.",
+            f"{', '.join(f'{n}={given[n]!r}' for n in other)}, and the run {name} is not finished.",
+            f"the settings with which it began: {', '.join(f'{n}={stored[n]!r}' for n in other)}.",
             "a federation trains runs one after the other, and a changed run would have the bits of neither.",
         )
 
