@@ -147,8 +147,8 @@ class Total(NamedTuple):
         means: float64 `[length]` for each name. Before `finalize` this is Σ w·means, after it the mean or another
             aggregate.
         sums: Σ sums for each name, float64.
-        weight: Σ w, int64 `[]`.
-        arrived: the number of contributions, int64 `[]`.
+        weight: Σ w, `[]`: int64 in the total of an aggregator, float64 after `decode_sums`, since parts divide by it.
+        arrived: the number of contributions, `[]`, of the same dtype.
         counters: the largest value of each counter.
         per_client: columns for the report. The column `id` contains client ids, int64 `[n]`; every other column has one
             entry for each of these ids. In the report, clients without an entry get 0.
@@ -186,7 +186,8 @@ class RoundInfo(NamedTuple):
         chance: the probability that a client is selected, float64: `[]` if it is equal for all clients, else `[C]`.
         entropy: the secret key of the round. Only a part with `uses_entropy` may draw from it. Two equal draws give
             equal numbers: fold a name for each draw.
-        total_weight: Σ w, the sum of the weights that the aggregator gives to all clients of the population, `[]`.
+        total_weight: Σ w, the sum of the weights that the aggregator gives to all clients of the population, float64
+            `[]`.
     """
 
     round: int

@@ -392,7 +392,7 @@ def close_round(opened: Opened, gathered: Gathered) -> Closed:
     state, cohort, key, plan, population, entropy, _ = opened
     everyone = torch.arange(population.clients, device=population.sizes.device)
     total_weight = plan.aggregator.weigh(everyone, population.sizes).sum()
-    info = RoundInfo(state.round, population, gathered.started, cohort.chance, entropy, total_weight)
+    info = RoundInfo(state.round, population, gathered.started, cohort.chance, entropy, total_weight.double())
     total, server = server_update(plan, decode_sums(plan, state, gathered), state, info, key)
     mean = finalize(plan, total, info)
     known = state.server["sampler"] or plan.sampler.memory(population)
@@ -526,6 +526,8 @@ def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
     """Σ_b s(b) · decode_sum_b(partial_b): each model version's sum is decoded with its own key and weighted.
 
     If clients send their models, Σ wᵢ (θ_b − θᵢ) becomes Σ wᵢ (θ − θᵢ). The server knows θ_b and Σ wᵢ.
+
+    The counts become float64, because torch divides a number by a whole one in float32, and parts divide by them.
     """
     totals, rule = [], plan.aggregator.in_round(state.server["aggregator"], state.key().fold("aggregate"))
     for version, partial in sorted(gathered.partials.items()):
@@ -541,7 +543,8 @@ def decode_sums(plan: Plan, state: State, gathered: Gathered) -> Total:
             update = update if factor == 1 else update * factor
             total = total._replace(means={**total.means, "update": update})
         totals.append(total)
-    return sum_totals(totals)
+    whole = sum_totals(totals)
+    return whole._replace(weight=whole.weight.double(), arrived=whole.arrived.double())
 
 
 def model_drift(state: State, version: int) -> Tensor:

@@ -218,10 +218,8 @@ class Dynamic(CorrectionBase):
     def server_update(self, total: Total, server: Tensors, info: RoundInfo, key: Key) -> tuple[Total, Tensors]:
         if "update" not in total.means:
             return total, server
-        # A whole number divided by a number is float32 in torch.
-        share, count = self.alpha / info.total_weight.double(), total.weight.double() / self.alpha
-        h = server["_h"] + (share * total.means["update"]).to(server["_h"])
-        update = total.means["update"] + count * h
+        h = server["_h"] + (self.alpha / info.total_weight * total.means["update"]).to(server["_h"])
+        update = total.means["update"] + total.weight / self.alpha * h
         return total._replace(means={**total.means, "update": update}), {"_h": h}
 
     def conflicts(self, slots: Slots) -> Iterable[Conflict]:
