@@ -1,11 +1,16 @@
 """Every part of atoll satisfies the contract of its slot, and each check refuses a part that breaks it."""
 
+import gc
+import os
+import sys
+import threading
 from dataclasses import dataclass, field, fields, is_dataclass
 
 import pytest
 import torch
 from quick_cases import one_in, only
 
+from atoll.base import grammar
 from atoll.base.grammar import Value
 from atoll.data import partition
 from atoll.engine.inprocess import InProcessEngine
@@ -693,3 +698,40 @@ def test_same_looks_at_every_bit():
     assert same({"a": (nan, 1)}, {"a": (nan.clone(), 1)})
     for other in ({"a": (nan, 2)}, {"b": (nan, 1)}, {"a": (nan.double(), 1)}, {"a": (nan[None], 1)}, {"a": (-nan, 1)}):
         assert not same({"a": (nan, 1)}, other)
+
+
+class Yields:
+    """Garbage that lets another thread run when it is collected, also in the middle of `ast.parse`."""
+
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):
+        os.stat(".")
+
+
+def test_threads_read_texts_at_the_same_time():
+    """Without a lock, Python 3.11 raises SystemError in one of them: its parser counts for all threads together."""
+    text, errors = "Plan(Train(sgd(0.1), epochs=1, batch=10, correction=Fair(1.0)), aggregator=Mean())", []
+
+    def read():
+        try:
+            for _ in range(300):
+                [Yields() for _ in range(3)]
+                grammar._tree(text)
+        except BaseException as error:
+            errors.append(error)
+
+    usual, often = gc.get_threshold(), sys.getswitchinterval()
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    gc.set_threshold(1)
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*usual)
+        sys.setswitchinterval(often)
+    assert not errors

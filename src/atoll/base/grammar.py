@@ -18,6 +18,7 @@ import inspect
 import itertools
 import operator
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ from atoll.base.names import load_from_user
 
 LONGEST = 4096
 DEEPEST = 16
+# Python 3.11 counts the depth of a tree for all threads together: of two threads that parse, one can fail.
+_ONE_PARSER = threading.RLock()
 _EXTERNAL = re.compile(r"(?<![\w.])([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
 
 
@@ -289,7 +292,8 @@ _Repair = Mapping[ast.expr | ast.keyword, str]
 
 
 def _tree(source: str) -> ast.expr:
-    return ast.parse(source, mode="eval").body
+    with _ONE_PARSER:
+        return ast.parse(source, mode="eval").body
 
 
 def _replaced(source: str, repair: _Repair) -> str:
