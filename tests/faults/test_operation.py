@@ -141,6 +141,18 @@ def test_the_loop_of_a_server_reports_its_life(tmp_path, monkeypatch):
     systemd.notify("READY=1")
 
 
+def test_a_run_that_diverges_ends_with_its_object(tmp_path):
+    words = ["--data", "digits", "--model", "softmax", "--clients", "1", "--rounds", "9", "--set", "report=false"]
+    with Federation(tmp_path, *words, "--recipe", "distributed_gd(1e6)", clients=1) as it:
+        it.serve()
+        it.invite()
+        it.join(0)
+        assert it.server.code() == 1
+        last = it.server.lines[-2]
+        assert last["status"] == "failed" and "diverged" in last["reason"] and Path(last["path"]).is_dir()
+        assert "diverged" in it.server.stderr()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_signal_drains_the_server_and_a_second_one_ends_it(tmp_path):

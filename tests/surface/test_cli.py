@@ -197,6 +197,13 @@ def test_quiet_is_quiet(atoll):
     assert "--baselines" in done.out
 
 
+def test_json_of_a_run_that_diverged(atoll):
+    done = atoll("run", *base(recipe="distributed_gd(100.0)", rounds=30), "--json", "--quiet")
+    found = json.loads(done.out)
+    assert done.code == 1 and found["status"] == "failed" and "diverged" in found["reason"] and "diverged" in done.err
+    assert Path(found["path"]).name == found["run"] == only_run().name
+
+
 def test_json_is_one_object(atoll):
     done = atoll("run", *base(rounds=2), "--json", "--baselines")
     found = json.loads(done.out)

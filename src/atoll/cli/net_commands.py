@@ -140,8 +140,7 @@ def serve(
     show = partial(_show_run, as_json)
     if server.stay:
         return serve_runs(it, spec, show, notify=notify, trust=trust, metrics=address)
-    run, terminated = serve_run(it, spec, notify=notify, trust=trust, metrics=address)
-    show(run)
+    run, terminated = serve_run(it, spec, show, notify=notify, trust=trust, metrics=address)
     return 0 if terminated or run.status == "done" else 130
 
 

@@ -55,9 +55,25 @@ def prints(it: Experiment) -> bool:
     return it.spec().primary
 
 
+@dataclass
+class _Ended:
+    """Keeps the run that has ended; an `Observer`."""
+
+    run: Run | None = None
+
+    def end(self, run: Run) -> None:
+        self.run = run
+
+
 def run_training(it: Experiment, look: Look, **more: Any) -> int:
-    """Train once and print the result."""
-    run = _train(it, look, **more)
+    """Train once and print the result. With `--json` that of a failed run, too, before its error."""
+    ended = _Ended()
+    try:
+        run = _train(it, look, ended, **more)
+    except RunError:
+        if ended.run is not None and look.as_json and prints(it):
+            output.print_json(output.outcome(ended.run))
+        raise
     if not prints(it):
         pass
     elif look.as_json:
@@ -67,11 +83,11 @@ def run_training(it: Experiment, look: Look, **more: Any) -> int:
     return 130 if run.status == "interrupted" else 0
 
 
-def _train(it: Experiment, look: Look, **more: Any) -> Run:
+def _train(it: Experiment, look: Look, *further: _Ended, **more: Any) -> Run:
     if not prints(it):
         return it.train(progress="none", **more)
     with look.observers() as observers:
-        return it.train(observers=observers, progress="none", **more)
+        return it.train(observers=[*observers, *further], progress="none", **more)
 
 
 def several(it: Experiment, seeds: int, look: Look) -> int:

@@ -339,7 +339,7 @@ class Serving:
     def _ended(self, interrupted: bool) -> Run:
         """Write the result, send it to the clients, and draw the report."""
         engine = self._engine
-        run = required(self._recorder, "recorder").end(interrupted, baselines=False, report=False)
+        self.run = run = required(self._recorder, "recorder").end(interrupted, baselines=False, report=False)
         path = required(run.path, "run folder")
         if run.status == "interrupted":
             engine.finish("draining", "the server stops and continues later")
@@ -359,6 +359,7 @@ class Serving:
 def serve_run(
     it: Experiment | None,
     spec: Server,
+    ended: Callable[[Run], None] = lambda run: None,
     *,
     notify: Notify = lambda facts: None,
     observers: Sequence[Observer] = (),
@@ -370,6 +371,7 @@ def serve_run(
     Args:
         it: the experiment; None continues the unfinished run.
         spec: the settings of the server. An unfinished run keeps the settings that decide its bits.
+        ended: receives the run after its end, also if it failed.
         notify: receives the events of the server, such as its address.
         observers: as for `atoll.train`.
         trust: whether the configuration of an unfinished run may name code.
@@ -392,7 +394,11 @@ def serve_run(
     name = None if open_run is None else open_run[0]
     job = ServedRun(it._model(), schema, plan, settings, it.toml(), it.checkpoint_s, it.report, scales, name)
     with Serving(job, notify, metrics) as serving:
-        terminated = serving.complete(observers)
+        try:
+            terminated = serving.complete(observers)
+        finally:
+            if serving.run is not None:
+                ended(serving.run)
         return required(serving.run, "run"), terminated
 
 

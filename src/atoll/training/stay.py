@@ -79,7 +79,7 @@ def serve_runs(
     Args:
         it: the first run; None: the unfinished one of the home, else the first that is handed over.
         spec: the settings of the server.
-        ended: receives each run after its end.
+        ended: receives each run after its end, also a failed one.
         notify, trust, metrics: as for `serve_run`.
         over: ends the wait for a run if it is set.
     Returns:
@@ -97,14 +97,13 @@ def serve_runs(
                 return 0 if terminated.asked else 130
             (it, chosen), handed = found, True
         try:
-            run, signalled = serve_run(it, chosen, notify=notify, trust=trust, metrics=metrics)
+            run, signalled = serve_run(it, chosen, ended, notify=notify, trust=trust, metrics=metrics)
         except UsageError as error:
             if not handed:
                 raise
             notify({"event": "refused", "reason": f"{error.given} Required: {error.required}"})
             it, handed = None, False
             continue
-        ended(run)
         if signalled or run.status != "done":
             return 0 if signalled else 130
         it, chosen, handed = None, spec, False
