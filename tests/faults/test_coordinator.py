@@ -744,8 +744,8 @@ def below(*waiting, **rules):
     """The coordinator of a relay whose root has answered."""
     server = Server()
     server.it.below_relay = True
-    said = structs.replace(RULES, **rules)
-    return server, co.Placed(wire.Numbers((), 1, said), {place.client: place for place in waiting})
+    sent = structs.replace(RULES, **rules)
+    return server, co.Placed(wire.Numbers((), 1, sent), {place.client: place for place in waiting})
 
 
 def greeted(server, channel, client):

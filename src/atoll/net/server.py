@@ -790,11 +790,12 @@ class Listener:
             yield
             return
         await self._sending.acquire()
-        held = [True]
+        held = True
 
         def give() -> None:
+            nonlocal held
             if held:
-                held.clear()
+                held = False
                 self._sending.release()
 
         timer = required(self._loop, "event loop").call_later(SENDING_S, give)

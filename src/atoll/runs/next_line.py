@@ -14,7 +14,7 @@ from typing import Any
 from atoll.base.errors import UsageError
 from atoll.base.lines import literal, quoted
 
-_OTHER = {"seed": 0, "dtype": "float32"}  # settings that a repetition needs if they differ from these defaults
+_REPEATED = {"seed": 0, "dtype": "float32"}  # settings that a repetition needs if they differ from these defaults
 
 
 def called(path: Path) -> str:
@@ -59,7 +59,7 @@ def program_call(config: Mapping[str, Any], function: str = "atoll.train", /, **
         'atoll.rounds(model, data, plan, loss=loss)'
     """
     words = [model_name(config) or "model", "data", "plan"]
-    words += [f"{n}={literal(config[n])}" for n, usual in _OTHER.items() if config.get(n, usual) != usual]
+    words += [f"{n}={literal(config[n])}" for n, usual in _REPEATED.items() if config.get(n, usual) != usual]
     for name in ("loss", "metrics"):
         value = config.get(name)
         if value and isinstance(value, str | list):

@@ -44,7 +44,7 @@ from atoll.training.rounds import Training, start_from
 
 FORMAT = "atoll export 1"
 DTYPES = ("float32", "bf16", "int8")
-_OTHER = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pt2", ".onnx")
+_OTHER_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pt2", ".onnx")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def export(
             resume_line(folder),
         )
     target = Path(out) if out is not None else folder / f"model-{dtype}.safetensors"
-    if target.suffix in _OTHER:
+    if target.suffix in _OTHER_SUFFIXES:
         raise UsageError(
             f"{target} has the suffix of another format.",
             "a file that ends in .safetensors.",

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 _COPIED = 1 << 26  # numbers of held-out rows that are copied, so that no train row stays in memory
 _NEXT = "next.toml"
 NO_TLS = "connections have no TLS: each process of this machine can read and change the messages"
+_ONE_BY_ONE = "a federation trains runs one after the other, and a changed run would have the bits of neither."
 _OWN = {f.name for f in fields(Server)} - {"home", "listen", "hosts", "drain", "insecure"}
 _DECIDING = ("clients", "split", "seed", "held_out", "min_rows")  # the rows and the clients of a run
 _LIMITS = ("min_clients", "absent_s", "lease_s", "work_s", "step_s", "keys_s", "max_rows", "window", "share")
@@ -641,7 +642,7 @@ def _chosen(
         raise UsageError(
             f"The run {name} of {home} is not finished, and {', '.join(changed)} differ from it.",
             "the settings with which it began.",
-            "a federation trains runs one after the other, and a changed run would have the bits of neither.",
+            _ONE_BY_ONE,
             f"atoll serve --home {home}",
         )
     return stored, _kept(spec, kept)
@@ -673,7 +674,7 @@ def _refuse_others(spec: Server, stored: Mapping[str, Any], name: str) -> None:
         raise UsageError(
             f"{', '.join(f'{n}={given[n]!r}' for n in other)}, and the run {name} is not finished.",
             f"the settings with which it began: {', '.join(f'{n}={stored[n]!r}' for n in other)}.",
-            "a federation trains runs one after the other, and a changed run would have the bits of neither.",
+            _ONE_BY_ONE,
         )
 
 
